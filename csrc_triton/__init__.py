@@ -1,0 +1,6 @@
+"""Device code of alps_kernels: Triton kernels and their helpers, nothing of torch.
+
+`ABI` names the calling convention of the kernels; `alps_kernels.ops` refuses another one.
+"""
+
+ABI = 1
