@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 ROLES = ("q", "q_rope", "gate", "k", "v", "o")
+# The projection that a role trains with: rotary rows and output gates go with the query.
+PART_OF = {"q": "q", "q_rope": "q", "gate": "q", "k": "k", "v": "v", "o": "o"}
 
 
 class LayoutError(ValueError):
@@ -105,6 +107,41 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True)
+class LayerSummary:
+    """The sizes of one attention layer, small enough to travel in a file.
+
+    Attributes:
+        module: the attention module's name.
+        group_of: for every query head its key/value group.
+        head_size: elements that one query head owns alone, by part ("q", "o").
+        group_size: elements that one key/value group owns, by part ("k", "v").
+    """
+
+    module: str
+    group_of: tuple[int, ...]
+    head_size: dict[str, int]
+    group_size: dict[str, int]
+
+    def to_json(self) -> dict:
+        return {"module": self.module, "group_of": list(self.group_of),
+                "head_size": self.head_size, "group_size": self.group_size}
+
+    @classmethod
+    def from_json(cls, document: dict) -> LayerSummary:
+        """Raises TypeError or ValueError where the document is no summary."""
+        if not isinstance(document, dict) or not isinstance(document.get("module"), str):
+            raise ValueError("a layer summary is not an object with a module name")
+        groups = document.get("group_of")
+        if not isinstance(groups, list) or not all(type(g) is int and 0 <= g < max(len(groups), 1) for g in groups):
+            raise ValueError(f"group_of of {document['module']} is not a list of group indices")
+        sizes = [document.get("head_size"), document.get("group_size")]
+        if not all(isinstance(size, dict) and set(size) <= set(PART_OF.values())
+                   and all(type(n) is int and n >= 0 for n in size.values()) for size in sizes):
+            raise ValueError(f"the sizes of {document['module']} are not counts of elements by part")
+        return cls(document["module"], tuple(groups), *sizes)
+
+
+@dataclass(frozen=True)
 class HeadLayout:
     """Every attention head of a model and what it owns.
 
@@ -161,6 +198,27 @@ class HeadLayout:
             raise IndexError(f"head {head} is not in layer {layer} ({self.layers[layer].module}), "
                              f"which has {self.layers[layer].n_heads} heads")
         return self.layers[layer].slices(head)
+
+    def summary(self) -> tuple[LayerSummary, ...]:
+        """The sizes of every layer: what a file of scores or heads keeps of the layout."""
+        return tuple(
+            LayerSummary(layer.module, layer.group_of, self._sizes(layer, layer.heads), self._sizes(layer, layer.groups))
+            for layer in self.layers
+        )
+
+    def _sizes(self, layer: AttentionLayer, units: tuple[tuple[HeadSlice, ...], ...]) -> dict[str, int]:
+        """Elements per part of one head or group; all of a layer are alike."""
+        sizes = []
+        for unit in units:
+            size: dict[str, int] = {}
+            for part in unit:
+                numel = torch.Size(self.shapes[part.param]).numel()
+                extent = self.shapes[part.param][0] if part.dim == 0 else numel // self.shapes[part.param][0]
+                size[PART_OF[part.role]] = size.get(PART_OF[part.role], 0) + numel // extent * part.size
+            sizes.append(size)
+        if any(size != sizes[0] for size in sizes):
+            raise LayoutError(f"{layer.module}: its heads differ in size: {sizes}")
+        return sizes[0] if sizes else {}
 
     def where(self, attention: str | Sequence[int] = "all") -> tuple[int, ...]:
         """Indices of the layers of one sort of attention.

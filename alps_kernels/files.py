@@ -1,0 +1,70 @@
+"""Small files written whole or not at all, and read with suspicion."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 256 * 2**20
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+    """Write `data` to `path`: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; `path` is untouched.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike, document: dict[str, Any]) -> None:
+    """Write a document as JSON in one atomic step; NaN and infinities are refused."""
+    text = json.dumps(document, indent=1, allow_nan=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def read_json(path: str | os.PathLike, format: str, version: int) -> dict[str, Any]:
+    """Read a JSON document that `write_json` wrote.
+
+    Args:
+        format: what its "format" must be.
+        version: the newest schema version that the caller understands.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such a document; the message names the file and what is wrong.
+    """
+    path = Path(path)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a {format} file has at most {MAX_JSON_BYTES}")
+    try:
+        document = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a {format} file: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != format:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise ValueError(f"{path} is not a {format} file: its format is {found!r}")
+    found = document.get("version")
+    if type(found) is not int or not 1 <= found <= version:
+        raise ValueError(f"{path} has schema version {found!r}; this alps_kernels reads 1 to {version}")
+    return document
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number JSON allows")
