@@ -1,0 +1,45 @@
+# make demo: the main job.  make test: all tests.  Both set up what they need.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3.10 || command -v python3)
+VENV ?= .venv
+# Named exactly, so that a machine with a CPU build of it at hand takes that.
+TORCH ?= torch==2.13.0
+OUT ?= out
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.set-up
+
+.PHONY: setup demo demo-tiny test census mutations bench gpu clean
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,test]"
+	touch $@
+
+demo: $(SETUP)
+	$(BIN)/alps demo --out $(OUT)
+
+demo-tiny: $(SETUP)
+	$(BIN)/alps demo --out $(OUT) --tiny
+
+test: $(SETUP)
+	$(BIN)/python -m pytest tests --ignore=tests/interpreted -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not slow"
+
+census: $(SETUP)
+	$(BIN)/python -m tests.census --write-table
+
+mutations: $(SETUP)
+	$(BIN)/python -m tests.mutations
+
+bench: $(SETUP)
+	$(BIN)/python -m bench
+
+# On a machine with a GPU and an environment of its own: tests, sanitizer, benches, report.
+gpu:
+	$(PYTHON) -m bench.gpu
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info

@@ -1,0 +1,106 @@
+"""The demonstration's task: short sums, with exact answers and splits that share no problem.
+
+The task is reasoning-gym's chain_sum with one-digit numbers and two or three terms; every
+problem there is, is listed once, so a held-out problem was never trained on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+PROMPT = "{} ="  # short, so that a training step is cheap on a CPU
+IGNORED = -100  # the label that cross-entropy leaves out
+
+
+@dataclass(frozen=True)
+class Problem:
+    expression: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        return PROMPT.format(self.expression)
+
+
+def all_problems(terms: Sequence[int] = (2, 3)) -> list[Problem]:
+    """Every sum of one-digit numbers with these numbers of terms, once: 200 + 4,000."""
+    problems = []
+    for n in terms:
+        for first, *others in itertools.product(range(10), repeat=n):
+            for signs in itertools.product((1, -1), repeat=n - 1):
+                tail = "".join(f" {'+' if s > 0 else '-'} {x}" for s, x in zip(signs, others, strict=True))
+                total = first + sum(s * x for s, x in zip(signs, others, strict=True))
+                problems.append(Problem(f"{first}{tail}", str(total)))
+    return problems
+
+
+def split(n_train: int, n_test: int, seed: int = 0) -> tuple[list[Problem], list[Problem]]:
+    """Disjoint training and test problems, half of them of each length where there are enough."""
+    rng = random.Random(seed)
+    two, three = all_problems((2,)), all_problems((3,))
+    rng.shuffle(two)
+    rng.shuffle(three)
+    n_two = min(n_test // 2, 60)
+    test = two[:n_two] + three[:n_test - n_two]
+    train = two[n_two:][:n_train // 2]
+    train += three[n_test - n_two:][:n_train - len(train)]
+    rng.shuffle(train)
+    return train, test
+
+
+def collate(tokenizer, problems: Sequence[Problem]) -> dict[str, Tensor]:
+    """A padded batch for a causal LM; only the answer and the end of text bear a loss.
+
+    Returns:
+        input_ids, attention_mask, labels: int64 [batch, tokens].
+    """
+    rows = []
+    for problem in problems:
+        prompt = tokenizer(problem.prompt)["input_ids"]
+        answer = tokenizer(" " + problem.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append((prompt + answer, [IGNORED] * len(prompt) + answer))
+    width = max(len(ids) for ids, _ in rows)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def padded(values: list[int], fill: int) -> list[int]:
+        return values + [fill] * (width - len(values))
+
+    return {
+        "input_ids": torch.tensor([padded(ids, pad) for ids, _ in rows]),
+        "attention_mask": torch.tensor([padded([1] * len(ids), 0) for ids, _ in rows]),
+        "labels": torch.tensor([padded(labels, IGNORED) for _, labels in rows]),
+    }
+
+
+@torch.no_grad()
+def exact_match(model: nn.Module, tokenizer, problems: Sequence[Problem], batch: int = 32, new_tokens: int = 5) -> float:
+    """Share of the problems that greedy decoding answers exactly, 0 to 1.
+
+    The answer is what stands before the first end of text or line end, spaces stripped.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    by_length: dict[int, list[tuple[list[int], Problem]]] = {}
+    for problem in problems:
+        ids = tokenizer(problem.prompt)["input_ids"]
+        by_length.setdefault(len(ids), []).append((ids, problem))  # equal lengths need no padding
+    right = 0
+    for group in by_length.values():
+        for at in range(0, len(group), batch):
+            ids = torch.tensor([ids for ids, _ in group[at:at + batch]], device=device)
+            cache, answer = None, []
+            for _ in range(new_tokens):
+                out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+                answer.append(ids)
+            for row, (_, problem) in zip(torch.cat(answer, dim=1).tolist(), group[at:at + batch], strict=True):
+                if tokenizer.eos_token_id in row:
+                    row = row[:row.index(tokenizer.eos_token_id)]
+                right += tokenizer.decode(row).split("\n")[0].strip() == problem.answer
+    return right / max(len(problems), 1)
