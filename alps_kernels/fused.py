@@ -1,40 +1,22 @@
-"""How many heads an attention module has and which rows and columns each one owns.
+"""Which rows and columns each head of an attention module owns.
 
 The sizes come from the module's own attributes and its weights' shapes, the config last; every
 equation between them must hold. The order inside fused tensors cannot be read off shapes: the
-few lines that know it are `fused_order`.
+few lines that know it are `fused_order` and the two docstrings that name an order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from .layout import HeadSlice, LayoutError
 from .projections import Projection
+from .sizes import HEADS, Facts, Sizes, read
 
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads", "heads", "attention_heads",
-          "encoder_attention_heads", "decoder_attention_heads")
-_GROUPS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "num_query_groups")
-_HEAD_DIM = ("head_dim", "attention_head_size", "d_head", "dim_head", "dim_per_head", "head_size", "attn_head_size",
-             "key_value_proj_dim", "qk_head_dim", "d_kv", "attention_head_dim")
 Units = tuple[tuple[HeadSlice, ...], ...]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """heads, groups (key/value heads), and the sizes of one head's query/key and value."""
-
-    heads: int
-    groups: int
-    qk: int
-    v: int
-
-    def group_of(self) -> tuple[int, ...]:
-        return tuple(head * self.groups // self.heads for head in range(self.heads))
 
 
 @dataclass(frozen=True)
@@ -46,71 +28,6 @@ class Owned:
     group_of: tuple[int, ...]
 
 
-class Facts:
-    """Integers that a module, the modules around it and the configs state about its heads."""
-
-    def __init__(self, sources: Iterable[Any]) -> None:
-        self.sources = [source for source in sources if source is not None]
-
-    def get(self, names: tuple[str, ...]) -> int | None:
-        """The first of `names` that the nearest source states as a positive integer."""
-        for source in self.sources:
-            for name in names:
-                value = read(source, name)
-                if type(value) is int and value > 0:
-                    return value
-        return None
-
-
-def read(source: Any, name: str) -> Any:
-    """`source.name`, or None where it is missing or (per-layer configs) refuses to say."""
-    try:
-        return getattr(source, name, None)
-    except Exception:  # a config of unequal layers raises its own error for a global value
-        return None
-
-
-def solve(module: str, facts: Facts, *, q: int, k: int, v: int, o: int | None) -> tuple[Sizes, int]:
-    """Sizes of separate projections from their output features (`o`: input features).
-
-    Returns:
-        the sizes, and how many times wider than heads * qk the query projection is: 1, or 2
-        where it holds an output gate too.
-
-    Raises:
-        LayoutError: no stated head size or head count fits the shapes.
-    """
-    stated = facts.get(_HEADS), facts.get(_HEAD_DIM)
-    tried = []
-    for source in facts.sources:
-        near = Facts([source])
-        for heads, qk in ((near.get(_HEADS), near.get(_HEAD_DIM)), (near.get(_HEADS), None), (None, near.get(_HEAD_DIM))):
-            if (heads, qk) == (None, None) or (heads, qk) in tried:
-                continue
-            tried.append((heads, qk))
-            for wide in (1, 2):
-                if sizes := _fit(heads, qk, wide, q, k, v, o):
-                    return sizes, wide
-    raise LayoutError(f"{module}: projections of {q} query, {k} key, {v} value features and {o} features into the output "
-                      f"projection do not divide into heads; stated: heads {stated[0]}, head size {stated[1]}")
-
-
-def _fit(heads: int | None, qk: int | None, wide: int, q: int, k: int, v: int, o: int | None) -> Sizes | None:
-    """The sizes if everything divides and every equation holds, else None."""
-    if heads is None:
-        heads = q // (wide * qk)
-    elif qk is None:
-        qk = q // (wide * heads)
-    if heads * qk * wide != q or not qk or not heads or k % qk or not k:
-        return None
-    groups = k // qk
-    if heads % groups or v % groups:
-        return None
-    if o is not None and o * groups != heads * v:
-        return None
-    return Sizes(heads, groups, qk, v // groups)
-
-
 def output_columns(out: Projection | None, sizes: Sizes) -> Units:
     """The columns of the output projection of every head; no slices where there is none."""
     if out is None:
@@ -118,17 +35,36 @@ def output_columns(out: Projection | None, sizes: Sizes) -> Units:
     return tuple(out.columns("o", h * sizes.v, (h + 1) * sizes.v) for h in range(sizes.heads))
 
 
-def separate(q: Projection, k: Projection, v: Projection, out: Projection | None, sizes: Sizes, wide: int) -> Owned:
-    """Heads of separate projections; a gated query interleaves [query, gate] per head."""
-    heads, step = [], wide * sizes.qk
-    for h, columns in enumerate(output_columns(out, sizes)):
-        own = q.rows("q", h * step, h * step + sizes.qk)
-        if wide == 2:
-            own += q.rows("gate", h * step + sizes.qk, (h + 1) * step)
-        heads.append(own + columns)
-    groups = tuple(k.rows("k", g * sizes.qk, (g + 1) * sizes.qk) + v.rows("v", g * sizes.v, (g + 1) * sizes.v)
-                   for g in range(sizes.groups))
-    return Owned(tuple(heads), groups, sizes.group_of())
+def blocks(proj: Projection, role: str, count: int, size: int, *, first: int = 0, step: int = 0) -> Units:
+    """`count` blocks of `size` rows, the i-th at first + i * step (default: one behind the other)."""
+    starts = [first + i * (step or size) for i in range(count)]
+    return tuple(proj.rows(role, start, start + size) for start in starts)
+
+
+def join(*parts: Units) -> Units:
+    """Head by head (or group by group), the slices of all `parts`."""
+    return tuple(sum(unit, ()) for unit in zip(*parts, strict=True))
+
+
+def separate(q: Projection, keys: Sequence[Projection], values: Sequence[Projection], out: Projection | None,
+             sizes: Sizes, wide: int) -> Owned:
+    """Heads of separate projections.
+
+    A query twice as wide interleaves [query, gate] per head. There is one key and one value
+    projection for every source that is attended to, mostly one; where the value projection is
+    the key projection, its rows appear in both roles.
+    """
+    heads = blocks(q, "q", sizes.heads, sizes.qk, step=wide * sizes.qk)
+    if wide == 2:
+        heads = join(heads, blocks(q, "gate", sizes.heads, sizes.qk, first=sizes.qk, step=2 * sizes.qk))
+    groups = join(*(blocks(k, "k", sizes.groups, sizes.qk) for k in keys),
+                  *(blocks(v, "v", sizes.groups, sizes.v) for v in values))
+    return Owned(join(heads, output_columns(out, sizes)), groups, sizes.group_of())
+
+
+def queries_only(q: Projection, out: Projection | None, sizes: Sizes) -> Owned:
+    """Heads of a layer that attends to another layer's keys and values."""
+    return Owned(join(blocks(q, "q", sizes.heads, sizes.qk), output_columns(out, sizes)), (), sizes.group_of())
 
 
 def fused_order(core: nn.Module, name: str) -> str:
@@ -138,17 +74,14 @@ def fused_order(core: nn.Module, name: str) -> str:
     the second ... "groups": the queries of a key/value group, its key, its value, then the next
     group. "codegen": four blocks of (q, v, k).
     """
-    kind = type(core).__name__
-    if kind.startswith("CodeGen"):
+    if type(core).__name__.startswith("CodeGen"):
         return "codegen"
     if read(core, "new_decoder_architecture") is True:
         return "groups"
     multi_query = read(core, "multi_query")
     if multi_query is not None:
         return "blocks" if multi_query else "heads"
-    if name.endswith("query_key_value") or name.endswith("in_proj"):
-        return "heads"
-    return "blocks"
+    return "heads" if name.rpartition(".")[2] in ("query_key_value", "in_proj") else "blocks"
 
 
 def split_fused(module: str, core: nn.Module, fused: Projection, out: Projection | None, facts: Facts) -> Owned:
@@ -157,32 +90,31 @@ def split_fused(module: str, core: nn.Module, fused: Projection, out: Projection
     Raises:
         LayoutError: the stated sizes do not add up to the tensor's rows.
     """
-    order = fused_order(core, fused.module.removesuffix(".base_layer"))
+    order = fused_order(core, fused.module)
     sizes = _fused_sizes(module, core, fused, out, facts, order)
     n, g, d = sizes.heads, sizes.groups, sizes.qk
     per = n // g
     if order == "blocks":
-        q = [h * d for h in range(n)]
-        k = [(n + i) * d for i in range(g)]
-        v = [(n + g + i) * d for i in range(g)]
+        q, k, v = ([(first + i) * d for i in range(count)] for first, count in ((0, n), (n, g), (n + g, g)))
     elif order == "heads":
         q, k, v = ([(3 * h + j) * d for h in range(n)] for j in range(3))
     elif order == "groups":
         q = [(h // per * (per + 2) + h % per) * d for h in range(n)]
-        k = [(i * (per + 2) + per) * d for i in range(g)]
-        v = [(i * (per + 2) + per + 1) * d for i in range(g)]
+        k, v = ([(i * (per + 2) + per + j) * d for i in range(g)] for j in range(2))
     else:
         local = n // 4  # heads per block; a block is its heads' q, then v, then k
-        at = [(h // local * 3 * local + h % local) * d for h in range(n)]
-        q, v, k = at, [x + local * d for x in at], [x + 2 * local * d for x in at]
-    heads = tuple(fused.rows("q", q[h], q[h] + d) + columns for h, columns in enumerate(output_columns(out, sizes)))
-    groups = tuple(fused.rows("k", k[i], k[i] + d) + fused.rows("v", v[i], v[i] + d) for i in range(g))
-    return Owned(heads, groups, sizes.group_of())
+        q = [(h // local * 3 * local + h % local) * d for h in range(n)]
+        v, k = [x + local * d for x in q], [x + 2 * local * d for x in q]
+    heads, keys, values = (tuple(fused.rows(role, x, x + d) for x in starts)
+                           for role, starts in (("q", q), ("k", k), ("v", v)))
+    return Owned(join(heads, output_columns(out, sizes)), join(keys, values), sizes.group_of())
 
 
 def _fused_sizes(module: str, core: nn.Module, fused: Projection, out: Projection | None, facts: Facts,
                  order: str) -> Sizes:
-    heads, rows = facts.get(_HEADS), fused.n_out
+    # Attention from channels to channels calls its heads groups.
+    names = ("groups",) if "channelattention" in type(core).__name__.lower() else HEADS
+    heads, rows = facts.get(names), fused.n_out
     if heads is None:
         raise LayoutError(f"{module}: nothing states how many heads the {rows} fused features hold")
     width = out.n_in if out is not None and out.n_in else rows // 3
@@ -197,31 +129,44 @@ def _fused_sizes(module: str, core: nn.Module, fused: Projection, out: Projectio
 
 def split_pair(q: Projection, kv: Projection, out: Projection | None, sizes: Sizes) -> Owned:
     """Heads of a query projection and one tensor that holds all keys, then all values."""
-    k_rows = sizes.groups * sizes.qk
-    heads = tuple(q.rows("q", h * sizes.qk, (h + 1) * sizes.qk) + columns
-                  for h, columns in enumerate(output_columns(out, sizes)))
-    groups = tuple(kv.rows("k", g * sizes.qk, (g + 1) * sizes.qk)
-                   + kv.rows("v", k_rows + g * sizes.v, k_rows + (g + 1) * sizes.v) for g in range(sizes.groups))
-    return Owned(heads, groups, sizes.group_of())
+    groups = join(blocks(kv, "k", sizes.groups, sizes.qk),
+                  blocks(kv, "v", sizes.groups, sizes.v, first=sizes.groups * sizes.qk))
+    return Owned(join(blocks(q, "q", sizes.heads, sizes.qk), output_columns(out, sizes)), groups, sizes.group_of())
 
 
-def split_latent(module: str, q: Projection, kv_b: Projection, out: Projection, facts: Facts) -> Owned:
-    """Heads of multi-head latent attention: rows of q_b per head [nope, rope], of kv_b [k, v].
+def split_latent(module: str, q: Projection, gated: bool, kv_b: Projection, out: Projection, facts: Facts) -> Owned:
+    """Heads of multi-head latent attention.
 
-    The rotary key is one for all heads and belongs to none.
+    Rows of the query projection per head: [nope, rope], and an output gate where it is `gated`;
+    of kv_b: [k, v]. The rotary key is one for all heads and belongs to none.
 
     Raises:
         LayoutError: the stated sizes do not add up to the weights' shapes.
     """
-    heads, nope, rope, v = (facts.get(n) for n in (_HEADS, ("qk_nope_head_dim",), ("qk_rope_head_dim",), ("v_head_dim",)))
-    rope = rope or 0
-    if not (heads and nope and v) or (q.n_out, kv_b.n_out, out.n_in) != (heads * (nope + rope), heads * (nope + v), heads * v):
+    n, nope, v = (facts.get(names) for names in (HEADS, ("qk_nope_head_dim",), ("v_head_dim",)))
+    rope = facts.get(("qk_rope_head_dim",), least=0) or 0
+    if not (n and nope and v) or (q.n_out, kv_b.n_out, out.n_in) != (
+            n * (nope + rope + v * gated), n * (nope + v), n * v):
         raise LayoutError(f"{module}: latent attention of {q.n_out} query, {kv_b.n_out} key/value and {out.n_in} output "
-                          f"features does not divide into {heads} heads of {nope} + {rope} and {v}")
-    units, groups = [], []
-    for h, columns in enumerate(output_columns(out, Sizes(heads, heads, nope, v))):
-        at, kv_at = h * (nope + rope), h * (nope + v)
-        own = q.rows("q", at, at + nope) + (q.rows("q_rope", at + nope, at + nope + rope) if rope else ())
-        units.append(own + columns)
-        groups.append(kv_b.rows("k", kv_at, kv_at + nope) + kv_b.rows("v", kv_at + nope, kv_at + nope + v))
-    return Owned(tuple(units), tuple(groups), tuple(range(heads)))
+                          f"features does not divide into {n} heads of {nope} + {rope} and {v}")
+    step = nope + rope + v * gated
+    heads = blocks(q, "q", n, nope, step=step)
+    if rope:
+        heads = join(heads, blocks(q, "q_rope", n, rope, first=nope, step=step))
+    if gated:
+        heads = join(heads, blocks(q, "gate", n, v, first=nope + rope, step=step))
+    groups = join(blocks(kv_b, "k", n, nope, step=nope + v), blocks(kv_b, "v", n, v, first=nope, step=nope + v))
+    return Owned(join(heads, output_columns(out, Sizes(n, n, nope, v))), groups, tuple(range(n)))
+
+
+def pair_up(owned: Owned) -> Owned:
+    """Differential attention: heads i and i + n/2 form one, and so do their key/value groups.
+
+    Both queries of a pair weigh the same two values, one beside the other, so the pair is the
+    smallest unit that owns columns of the output projection: those of heads 2i and 2i + 1 here.
+    """
+    n, g = len(owned.heads) // 2, len(owned.groups) // 2
+    queries, columns = ([tuple(part for part in unit if (part.role == "o") == is_o) for unit in owned.heads]
+                        for is_o in (False, True))
+    heads = join(queries[:n], queries[n:], columns[::2], columns[1::2])
+    return Owned(heads, join(owned.groups[:g], owned.groups[g:]), owned.group_of[:n])

@@ -2,17 +2,20 @@
 
 Walks the modules, takes those whose children are query, key and value projections (by the
 children's names), checks the sizes their attributes and weights state against each other, and
-refuses where anything is left open. No model class is named or imported.
+refuses where anything is left open. No model class is imported.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
-from .fused import Facts, Owned, read, separate, solve, split_fused, split_latent, split_pair
-from .layout import AttentionLayer, HeadLayout, LayoutError
+from .fused import Owned, join, pair_up, queries_only, separate, split_fused, split_latent, split_pair
+from .layout import AttentionLayer, HeadLayout, HeadSlice, LayoutError
 from .places import kind_of, towers_of
-from .projections import Projection, find_projections, output_rank, projection, role_of, unwrap
+from .projections import Projection, bare, find_projections, output_rank, projection, role_of, unwrap
+from .sizes import Facts, read, solve
 
 
 def find_heads(model: nn.Module) -> HeadLayout:
@@ -22,25 +25,44 @@ def find_heads(model: nn.Module) -> HeadLayout:
     (`.module`, torch.compile, PEFT adapters) are seen through; of a LoRA layer the base weight
     is what a head owns. A module or a weight used several times is one layer.
 
+    Only attention over positions (or channels) through a softmax has heads here: recurrences
+    that also speak of heads (delta rules, lightning attention, state spaces, xLSTM) are left
+    out, and so is what no single head owns: biases of output projections, MLA's shared rotary
+    key, the selectors of sparse attention ("indexers"), output gates with a projection of their
+    own, and the extra projections of global or entity tokens (Longformer, LUKE).
+
     Raises:
         LayoutError: the model has no attention heads, or some that cannot be located; the
             message names the module and why.
     """
     walk = _Walk(model)
-    found = [layer for name, module in walk.modules.items() if (layer := walk.locate(name, module))]
+    found = walk.run()
     if walk.problems:
         first, *more = walk.problems
         raise LayoutError(first + (f" (and {len(more)} more modules)" if more else ""))
     if not found:
         raise LayoutError(f"{walk.model_type}: no module of this model holds attention heads (query, key and value "
-                          "projections); state-space models and mixtures of heads have none to select")
-    towers = towers_of([name for name, _ in found])
-    layers = tuple(
-        AttentionLayer(index, name, kind_of(name, walk.modules[name], walk.parent(name)), tower, owned.heads,
-                       owned.groups, owned.group_of, None if out is None else out.module)
-        for index, ((name, (owned, out)), tower) in enumerate(zip(found, towers, strict=True)))
+                          "projections); state-space models and other recurrences have none")
+    towers = towers_of([located.name for located in found])
+    layers: list[AttentionLayer] = []
+    for index, (at, tower) in enumerate(zip(found, towers, strict=True)):
+        kind = kind_of(at.name, walk.modules[at.name], walk.parent(at.name))
+        layers.append(AttentionLayer(
+            index, at.name, kind, tower, at.owned.heads, at.owned.groups, at.owned.group_of,
+            None if at.out is None else at.out.module, None if at.reused is None else found.index(at.reused)))
     held = {part.param for layer in layers for unit in (*layer.heads, *layer.groups) for part in unit}
-    return HeadLayout(layers, {n: tuple(p.shape) for n, p in model.named_parameters() if n in held}, walk.model_type)
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters() if name in held}
+    return HeadLayout(tuple(layers), shapes, walk.model_type)
+
+
+@dataclass(frozen=True, eq=False)
+class _Located:
+    """One attention module and what its heads own; `reused`: whose keys and values it attends to."""
+
+    name: str
+    owned: Owned
+    out: Projection | None
+    reused: _Located | None = None
 
 
 class _Walk:
@@ -50,6 +72,7 @@ class _Walk:
         self.modules = dict(model.named_modules())
         self.names = {id(param): name for name, param in model.named_parameters()}
         self.problems: list[str] = []
+        self.found: list[_Located] = []
         self.taken: set[str] = set()
         inner = next((m for m in self.modules.values() if read(m, "config") is not None), model)
         self.config = read(inner, "config")
@@ -58,25 +81,111 @@ class _Walk:
     def parent(self, name: str) -> nn.Module | None:
         return self.modules.get(name.rpartition(".")[0]) if name else None
 
-    def locate(self, name: str, module: nn.Module) -> tuple[str, tuple[Owned, Projection | None]] | None:
-        """The module's heads, or None where it has none, or (noted in `problems`) cannot be located."""
-        roles = find_projections(module, name)
-        if not _is_attention(module, roles):
-            return None
-        try:
-            owned, out = self._resolve(name, module, roles)
-        except LayoutError as error:
-            self.problems.append(str(error))
-            return None
-        weights = {part.param for unit in (*owned.heads, *owned.groups) for part in unit if not part.bias}
+    def run(self) -> list[_Located]:
+        """Locate in every module; what looks like attention and was not located is a problem."""
+        leftover = []
+        for name, module in self.modules.items():
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or _not_heads(module):
+                continue
+            roles = find_projections(module, name)
+            packed = bare(module, name, self.names)
+            if not packed and not _is_attention(module, roles):
+                if roles.keys() - {"o", "in"} and _attention_like(type(module).__name__):
+                    leftover.append((name, module, roles))
+                continue
+            try:
+                self._keep(name, module, self._resolve(name, module, roles, packed))
+            except LayoutError as error:
+                self.problems.append(str(error))
+        for name, module, roles in leftover:
+            if not any(_nested(name, at.name) or _nested(at.name, name) for at in self.found):
+                self.problems.append(f"{name} ({type(module).__name__}): it has projections {_named(roles)}, which are "
+                                     "not a known set of query, key, value and output")
+        return self.found
+
+    def _keep(self, name: str, module: nn.Module, located: _Located) -> None:
+        """Raises LayoutError where its weights are partly those of a module located before."""
+        units = (*located.owned.heads, *located.owned.groups)
+        weights = {part.param for unit in units for part in unit if not part.bias}
         if weights <= self.taken:
-            return None
+            return
         if shared := weights & self.taken:
-            self.problems.append(f"{name} ({type(module).__name__}): shares {sorted(shared)} but not all of its "
-                                 "projections with another attention module")
-            return None
+            raise LayoutError(f"{name} ({type(module).__name__}): shares {sorted(shared)} but not all of its projections "
+                              "with another attention module")
         self.taken |= weights
-        return name, (owned, out)
+        self.found.append(located)
+
+    def _resolve(self, name: str, module: nn.Module, roles: dict, packed: dict[str, Projection]) -> _Located:
+        """The heads of one attention module.
+
+        Raises:
+            LayoutError: its projections are not a known set, or their sizes do not fit.
+        """
+        facts = Facts([module, self.parent(name), read(module, "config"), self.config])
+        get = {role: packed.get(role) or self._one(roles, role) for role in
+               ("q", "q_gate", "qk", "k", "v", "qkv", "kv", "kv_b", "in")}
+        keys, values = (self._several(roles, r, packed) for r in ("k", "v"))
+        q = get["q"] or get["qk"] or get["q_gate"]
+        pair = get["kv"] or (get["qkv"] if q is not None else None)
+        if get["kv_b"] is not None and q is not None:
+            out = self._output(name, module, packed, lambda o: True)
+            if out is None:
+                raise LayoutError(f"{name}: no output projection beside its latent key/value projection")
+            return _Located(name, split_latent(name, q, q is get["q_gate"], get["kv_b"], out, facts), out)
+        if q is not None and (keys or get["qk"] is not None) or (q is not None and pair is not None):
+            keys = keys or ([get["qk"]] if get["qk"] is not None else [])
+            return self._separate(name, module, packed, facts, q, keys, values or keys, pair)
+        if q is not None:
+            return self._reusing(name, module, packed, facts, q)
+        fused = get["qkv"] or get["in"]
+        if fused is None:
+            raise LayoutError(f"{name} ({type(module).__name__}): its projections {_named(roles)} are not a known set of "
+                              "query, key and value")
+        out = self._output(name, module, packed, lambda o: o.n_in < fused.n_out)
+        return _Located(name, self._biased(module, split_fused(name, module, fused, out, facts)), out)
+
+    def _separate(self, name: str, module: nn.Module, packed: dict, facts: Facts, q: Projection,
+                  keys: list[Projection], values: list[Projection], pair: Projection | None) -> _Located:
+        """Separate query, and keys and values apart or packed in one tensor."""
+        if type(module).__name__.endswith("AttnBlock") and facts.sources[0] is module and not _states_heads(module):
+            facts = Facts([_SingleHead()])  # image tokenizers attend with one head and never say so
+        half = pair.n_out // 2 if pair is not None else 0
+        k, v = (half, half) if pair is not None else (keys[0].n_out, values[0].n_out)
+        if any(p.n_out != k for p in keys) or any(p.n_out != v for p in values):
+            raise LayoutError(f"{name}: its key or value projections differ in size")
+
+        def fits(out: Projection) -> bool:
+            try:
+                return bool(solve(name, facts, q=q.n_out, k=k, v=v, o=out.n_in))
+            except LayoutError:
+                return False
+
+        out = self._output(name, module, packed, fits)
+        sizes, wide = solve(name, facts, q=q.n_out, k=k, v=v, o=out.n_in if out else None)
+        if pair is not None:
+            if wide != 1:
+                raise LayoutError(f"{name}: its query projection is twice as wide as its heads")
+            return _Located(name, split_pair(q, pair, out, sizes), out)
+        owned = self._biased(module, separate(q, keys, values, out, sizes, wide))
+        return _Located(name, pair_up(owned) if "lambda_q1" in module._parameters else owned, out)
+
+    def _reusing(self, name: str, module: nn.Module, packed: dict, facts: Facts, q: Projection) -> _Located:
+        """A query and an output projection alone: keys and values are another layer's."""
+        same = [at for at in self.found if at.owned.groups and _stack(at.name) == _stack(name)
+                and read(self.modules[at.name], "layer_type") == read(module, "layer_type")]
+        source = read(module, "kv_shared_layer_index")
+        if type(source) is int:
+            same = [at for at in same if read(self.modules[at.name], "layer_idx") == source]
+        reused = same[-1] if same else None
+        ratio = read(module, "num_key_value_groups") or 1
+        per_head = facts.get(("head_dim",)) or 0
+        heads = q.n_out // per_head if per_head else 0
+        k = heads // ratio * per_head
+        out = self._output(name, module, packed, lambda o: True)
+        sizes, wide = solve(name, facts, q=q.n_out, k=k, v=k, o=out.n_in if out else None)
+        if wide != 1 or out is None or (reused is not None and len(reused.owned.groups) != sizes.groups):
+            raise LayoutError(f"{name}: its queries do not fit the keys and values it takes from another layer")
+        return _Located(name, queries_only(q, out, sizes), out, reused)
 
     def _one(self, roles: dict, role: str) -> Projection | None:
         found = roles.get(role, [])
@@ -84,84 +193,103 @@ class _Walk:
             raise LayoutError(f"{found[0][0]} and {found[1][0]} both look like the {role} projection of one module")
         return projection(found[0][1], found[0][0], self.names) if found else None
 
-    def _resolve(self, name: str, module: nn.Module, roles: dict) -> tuple[Owned, Projection | None]:
-        facts = Facts([module, self.parent(name), read(module, "config"), self.config])
-        one = {role: self._one(roles, role) for role in ("q", "k", "v", "qkv", "kv", "kv_b", "in")}
-        fused = one["qkv"] or one["in"]
-        if one["kv_b"] is not None and one["q"] is not None:
-            out = self._output(name, module, None)
-            if out is None:
-                raise LayoutError(f"{name}: no output projection beside its latent key/value projection")
-            return split_latent(name, one["q"], one["kv_b"], out, facts), out
-        if one["q"] is not None and one["k"] is not None and one["v"] is not None:
-            q, k, v = one["q"], one["k"], one["v"]
-            out = self._output(name, module, lambda o: _fits(facts, q, k, v, o))
-            sizes, wide = solve(name, facts, q=q.n_out, k=k.n_out, v=v.n_out, o=out.n_in if out else None)
-            return separate(q, k, v, out, sizes, wide), out
-        pair = one["kv"] or (one["qkv"] if one["q"] is not None else None)
-        if one["q"] is not None and pair is not None:
-            half = pair.n_out // 2
-            q = one["q"]
-            out = self._output(name, module, lambda o: _fits(facts, q, None, None, o, half))
-            sizes, wide = solve(name, facts, q=q.n_out, k=half, v=half, o=out.n_in if out else None)
-            if wide != 1:
-                raise LayoutError(f"{name}: the query projection is {wide} times as wide as its heads")
-            return split_pair(q, pair, out, sizes), out
-        if fused is not None:
-            out = self._output(name, module, lambda o: o.n_in < fused.n_out)
-            return split_fused(name, module, fused, out, facts), out
-        raise LayoutError(f"{name} ({type(module).__name__}): its projections {sorted(roles)} are not a known set of "
-                          "query, key and value")
+    def _several(self, roles: dict, role: str, packed: dict[str, Projection]) -> list[Projection]:
+        if role in packed:
+            return [packed[role]]
+        return [projection(child, path, self.names) for path, child in roles.get(role) or roles.get(f"{role}_of", ())]
 
-    def _output(self, name: str, module: nn.Module, fits) -> Projection | None:
-        """The output projection: a child, a child's child, or beside the module in its attention block."""
+    def _biased(self, module: nn.Module, owned: Owned) -> Owned:
+        """Adds biases of q, k and v that are bare parameters beside a projection without one."""
+        def add(units, role: str):
+            bias = module._parameters.get(f"{role}_bias")
+            if bias is None or bias.ndim != 1 or not units or bias.numel() % len(units):
+                return units
+            size = bias.numel() // len(units)
+            return join(units, tuple((HeadSlice(self.names[id(bias)], role, 0, i * size, (i + 1) * size, bias=True),)
+                                     for i in range(len(units))))
+
+        return Owned(add(owned.heads, "q"), add(add(owned.groups, "k"), "v"), owned.group_of)
+
+    def _output(self, name: str, module: nn.Module, packed: dict, fits) -> Projection | None:
+        """The output projection: a child, a child's child, or beside the module in its attention block.
+
+        Raises:
+            LayoutError: there are such children and none fits the heads.
+        """
+        if "o" in packed:
+            return packed["o"]
         found = self._outputs_in(module, name)
         parent = self.parent(name)
-        if not found and parent is not None and _attention_like(type(parent).__name__):
-            found = self._outputs_in(parent, name.rpartition(".")[0], but=module)
-        fitting = [out for out in found if fits is None or fits(out)]
-        return fitting[0] if fitting else None
+        if not found and parent is not None:
+            found = self._outputs_in(parent, name.rpartition(".")[0], beside=module)
+        fitting = [out for out in found if fits(out)]
+        if not fitting:
+            raise LayoutError(f"{name} ({type(module).__name__}): " + (
+                f"its output projection {found[0].module} takes {found[0].n_in} features, which do not divide into its "
+                "heads" if found else "no output projection was found, so what its heads write is unknown"))
+        return fitting[0]
 
-    def _outputs_in(self, module: nn.Module, name: str, but: nn.Module | None = None) -> list[Projection]:
+    def _outputs_in(self, module: nn.Module, name: str, beside: nn.Module | None = None) -> list[Projection]:
+        """Candidates among the children of `module`, the best named first; `beside`: the attention core."""
+        inside = beside is None or _attention_like(type(module).__name__)
         ranked = []
         for key, child in module._modules.items():
-            if child is None or child is but or role_of(key) != "o":
-                continue
             path = f"{name}.{key}" if name else key
-            inner, _ = unwrap(child, path)
-            deeper = [] if hasattr(inner, "weight") else [
-                (output_rank(sub), f"{path}.{sub}", part) for sub, part in child._modules.items()
-                if role_of(sub) == "o" and not isinstance(part, nn.Dropout)]
-            ranked += deeper or [(output_rank(key), path, child)]
+            if child is None or child is beside or not any(True for _ in child.parameters()):
+                continue
+            if inside and role_of(key) == "o":
+                inner, _ = unwrap(child, path)
+                deeper = [] if hasattr(inner, "weight") else [
+                    (output_rank(sub), f"{path}.{sub}", part) for sub, part in child._modules.items()
+                    if role_of(sub) == "o" and any(True for _ in part.parameters())]
+                ranked += deeper or [(output_rank(key), path, child)]
+            elif not inside and key == "post_attention":
+                ranked += [(0, f"{path}.{sub}", part) for sub, part in child._modules.items() if sub == "conv1d"]
         ranked.sort(key=lambda item: item[0])
-        return [projection(part, path, self.names) for _, path, part in ranked
-                if any(True for _ in part.parameters()) or any(True for _ in part.buffers())]
+        return [projection(part, path, self.names) for _, path, part in ranked]
 
 
-def _fits(facts: Facts, q: Projection, k, v, out: Projection, half: int = 0) -> bool:
-    try:
-        solve("", facts, q=q.n_out, k=k.n_out if k else half, v=v.n_out if v else half, o=out.n_in)
-    except LayoutError:
-        return False
-    return True
+class _SingleHead:
+    num_heads = 1
+
+
+def _states_heads(module: nn.Module) -> bool:
+    return Facts([module]).get(("num_heads", "num_attention_heads", "n_heads")) is not None
 
 
 def _attention_like(class_name: str) -> bool:
-    return "attention" in class_name.lower() or "attn" in class_name.lower()
+    return any(word in class_name.lower() for word in ("attention", "attn"))
 
 
 def _is_attention(module: nn.Module, roles: dict) -> bool:
-    """Query, key and value are among the children, and nothing says that it is something else."""
+    """Query, key and value (or what stands for them) are among the children."""
     has = roles.keys()
-    if not ({"q", "k", "v"} <= has or {"q", "kv"} <= has or {"q", "kv_b"} <= has or "qkv" in has
-            or ("in" in has and _attention_like(type(module).__name__))):
-        return False
-    return not is_linear_attention(module)
+    if any(isinstance(child, nn.MultiheadAttention) for child in module.children()):
+        return False  # its projections feed that module, which is the one with heads
+    like = _attention_like(type(module).__name__)
+    if "q" in has and has & {"kv", "kv_b"} or {"q", "k", "v"} <= has or {"q", "k_of", "v_of"} <= has or "qkv" in has:
+        return True
+    return like and ("in" in has or {"q_gate", "kv_b"} <= has or {"qk", "v"} <= has or {"q", "k", "o"} <= has
+                     or (has & {"q", "k", "v", "o"} == {"q", "o"}))
 
 
-def is_linear_attention(module: nn.Module) -> bool:
-    """A recurrence (delta rule, state space, lightning): no softmax over positions, no heads to select."""
+def _not_heads(module: nn.Module) -> bool:
+    """Recurrences (no softmax over positions) and the selectors of sparse attention."""
     kind = type(module).__name__.lower()
-    marks = ("A_log", "conv1d", "forget_gate", "slope_rate", "q_conv1d")
-    return any(word in kind for word in ("delta", "lightning", "linearattention", "mamba")) or any(
-        hasattr(module, mark) for mark in marks)
+    if any(word in kind for word in ("delta", "lightning", "linearattention", "mamba", "lstm", "indexer", "rwkv")):
+        return True
+    return any(mark in module._modules or mark in module._parameters for mark in ("A_log", "conv1d", "forget_gate"))
+
+
+def _nested(inner: str, outer: str) -> bool:
+    return inner == outer or inner.startswith(outer + ".") or not outer
+
+
+def _stack(name: str) -> str:
+    """The path up to the first number: what the layers of one stack share."""
+    words = name.split(".")
+    return ".".join(words[: next((i for i, word in enumerate(words) if word.isdigit()), len(words))])
+
+
+def _named(roles: dict) -> list[str]:
+    return sorted(path.rpartition(".")[2] for found in roles.values() for path, _ in found)

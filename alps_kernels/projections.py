@@ -5,7 +5,6 @@ Reads module names, classes' attributes and weight shapes only, so it works on m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,6 +22,9 @@ _ROLES = {
     ("qkv",): "qkv", ("wqkv",): "qkv", ("query", "key", "value"): "qkv", ("c", "attn"): "qkv",
     ("kv",): "kv", ("wkv",): "kv", ("key", "value"): "kv", ("kv", "b"): "kv_b",
     ("query", "key"): "qk", ("in",): "in", ("q", "gate"): "q_gate",
+    # one key and value projection for every source of a cross-attention
+    **{("key", source): "k_of" for source in ("protein", "structure", "msa")},
+    **{("value", source): "v_of" for source in ("protein", "structure", "msa")},
 }
 _OUTPUTS = (("o",), ("out",), ("wo",), ("dense",), ("c",), (), ("attention", "out"), ("post",), ("output",))
 _WRAPPED = ("base_layer", "linear")
@@ -37,7 +39,7 @@ class Projection:
         weight, bias: parameter names; `bias` is None where there is none.
         n_out, n_in: features.
         transposed: the weight is stored [n_in, n_out] (transformers' Conv1D).
-        first: offset of this map's first row in the weight (views of a packed parameter).
+        bias_at: where in the bias parameter this map's own begins.
     """
 
     module: str
@@ -46,11 +48,14 @@ class Projection:
     n_out: int
     n_in: int
     transposed: bool = False
+    bias_at: int = 0
 
     def rows(self, role: str, start: int, stop: int) -> tuple[HeadSlice, ...]:
         """Output features [start, stop) as slices of the weight and of the bias, if any."""
         weight = HeadSlice(self.weight, role, 1 if self.transposed else 0, start, stop)
-        return (weight,) if self.bias is None else (weight, HeadSlice(self.bias, role, 0, start, stop, bias=True))
+        if self.bias is None:
+            return (weight,)
+        return weight, HeadSlice(self.bias, role, 0, self.bias_at + start, self.bias_at + stop, bias=True)
 
     def columns(self, role: str, start: int, stop: int) -> tuple[HeadSlice, ...]:
         """Input features [start, stop) as a slice of the weight; the bias belongs to no input."""
@@ -121,6 +126,29 @@ def projection(module: nn.Module, name: str, names: Mapping[int, str]) -> Projec
     return Projection(name, names[id(weight)], None if bias is None else names[id(bias)], n_out, n_in, transposed)
 
 
+def bare(module: nn.Module, name: str, names: Mapping[int, str]) -> dict[str, Projection]:
+    """Projections held as bare parameters, by role.
+
+    torch's MultiheadAttention: one packed [3 d, d] or three matrices, one bias for all three.
+    XLNet: [d, heads, head_dim] for each of q, k, v and o.
+    """
+    held = {key: param for key, param in module._parameters.items() if param is not None}
+    if (packed := held.get("in_proj_weight")) is not None:
+        bias = held.get("in_proj_bias")
+        return {"qkv": Projection(name, names[id(packed)], None if bias is None else names[id(bias)], *packed.shape)}
+    if {"q_proj_weight", "k_proj_weight", "v_proj_weight"} <= held.keys():
+        bias = None if held.get("in_proj_bias") is None else names[id(held["in_proj_bias"])]
+        weights = [held[f"{role}_proj_weight"] for role in "qkv"]
+        return {role: Projection(name, names[id(w)], bias, *w.shape, bias_at=i * weights[0].shape[0])
+                for i, (role, w) in enumerate(zip("qkv", weights, strict=True))}
+    if all(role in held and held[role].ndim == 3 for role in "qkvo"):
+        sizes = {role: (held[role].shape[0], held[role][0].numel()) for role in "qkvo"}
+        return {role: Projection(name, names[id(held[role])], None, n_out=inner if role != "o" else outer,
+                                 n_in=outer if role != "o" else inner, transposed=role != "o")
+                for role, (outer, inner) in sizes.items()}
+    return {}
+
+
 def find_projections(module: nn.Module, name: str) -> dict[str, list[tuple[str, nn.Module]]]:
     """Children of `module` by role, each as (name in the model, module); those with parameters or buffers."""
     found: dict[str, list[tuple[str, nn.Module]]] = {}
@@ -134,8 +162,3 @@ def find_projections(module: nn.Module, name: str) -> dict[str, list[tuple[str, 
 
 def _holds_tensors(module: nn.Module) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-
-
-def snake(name: str) -> str:
-    """CamelCase to words in lower case."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
