@@ -71,11 +71,13 @@ class BoundParam:
         """The selected ranges as 2-D views of `tensor`, which has the parameter's shape."""
         return [as_matrix(tensor).narrow(self.dim, start, stop - start) for start, stop in self.ranges]
 
+    @torch.no_grad()
     def cut(self, tensor: Tensor) -> Tensor:
         """The selected elements of `tensor`, compact: range after range, each row-major, [numel]."""
         parts = [block.reshape(-1) for block in self.blocks(tensor)]
         return torch.cat(parts) if parts else tensor.new_empty(0)
 
+    @torch.no_grad()
     def spread(self, compact: Tensor, out: Tensor) -> None:
         """Write `compact` ([numel], in `cut` order) to its places in `out`; the rest is left alone."""
         if compact.numel() != self.numel:

@@ -24,7 +24,10 @@ class LayoutError(ValueError):
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """The 2-D view in which a `HeadSlice` counts: [shape[0], -1]; a vector is [n, 1]."""
-    return tensor.reshape(tensor.shape[0], -1) if tensor.ndim != 2 else tensor
+    if tensor.ndim == 2:
+        return tensor
+    rows = tensor.shape[0] if tensor.ndim else 1
+    return tensor.view(rows, tensor.numel() // max(rows, 1))  # never a copy: callers write through it
 
 
 @dataclass(frozen=True)
