@@ -1,0 +1,212 @@
+"""`score_heads`: how far a task moved every attention head (ALPS, steps 1 and 2)."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .layout import AttentionLayer
+from .ops.head_delta import METRICS, head_delta, head_delta_projection
+from .representation import REPRESENTATIONS, Piece, check_projection, pieces
+from .scores import HeadScores
+from .weights import ModelWeights, Weights, pair_up
+
+Source = nn.Module | str | os.PathLike
+
+
+@torch.no_grad()
+def score_heads(
+    base: Source,
+    task: Source,
+    *,
+    metric: str | Sequence[str] = "pad",
+    representation: str = "projection",
+    temperature: float = 1.0,
+    attention: str | Sequence[int] = "all",
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    config: Any = None,
+) -> HeadScores | dict[str, HeadScores]:
+    """Score every attention head by the distance between its weights in two models.
+
+    Each head's weights become a distribution, softmax(W / temperature) over all elements of the
+    representation; the score is a distance between the base's and the task's (paper, eq. 5 and 6).
+
+    Args:
+        base, task: models in memory, checkpoint folders or single files (.safetensors, .bin,
+            .gguf). Of checkpoints only attention weights are read, a layer at a time; a GGUF,
+            or a checkpoint whose weights transformers must convert, is loaded whole. The two
+            may have different head modules and name prefixes.
+        metric: one of `METRICS`, or several: a dict of scores then, from one read.
+        representation: "projection": W_h = q_h^T k_g v_g^T, [d, d_v]. "qkv", "q", "k", "v",
+            "o", "qkvo": those matrices, flattened and concatenated. Of latent attention (MLA)
+            q is the part without position in "projection", and the rotary rows too elsewhere.
+            Biases and output gates do not count.
+        temperature: of the softmax, positive.
+        attention: which attention layers, see `HeadLayout.where`.
+        device: where to compute; default: where the base's weights are, the CPU for checkpoints.
+        progress: show a bar over layers.
+        config: used instead of both checkpoints' config.json: a path, dict or PretrainedConfig.
+
+    Raises:
+        LayoutError: heads cannot be located, or the models are not of one architecture.
+        ValueError: an unknown option, the same model twice, a missing, non-finite or quantised
+            weight. Each names the tensor and the model or file.
+        FileNotFoundError: no such checkpoint, or a shard of it is missing.
+    """
+    metrics = _checked(metric, representation, temperature)
+    first, second = _open(base, task, config)
+    rename = pair_up(first, second)
+    layers = first.layout.layers
+    chosen = first.layout.where(attention)
+    plan = [(layers[i], pieces(layers, layers[i], representation)) for i in chosen]
+    params = _params(plan)
+    first.prepare(params)
+    second.prepare(rename(name) for name in params)
+
+    reader = _Reader(first, second, rename, device)
+    compute = head_delta_projection if representation == "projection" else head_delta
+    found: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    for batch in _bar(_batches(plan, reader), progress):
+        segments = reader.segments(batch)
+        if representation == "projection":
+            for (layer, _), triple in zip(batch, segments, strict=True):
+                check_projection(layer, triple)
+        for name, values in compute(segments, metrics, temperature=temperature).items():
+            found[name].append(values)
+    if reader.identical:
+        warnings.warn(f"{first.name} and {second.name} have identical attention weights: every score is zero", stacklevel=3)
+
+    provenance = reader.provenance()
+    summary = first.layout.summary()
+    scores = {}
+    for name in metrics:
+        values = torch.cat(found[name])
+        scores[name] = HeadScores(
+            torch.zeros_like(values) if reader.identical else values, chosen, first.layout.heads_per_layer, metric=name,
+            representation=representation, temperature=temperature, summary=summary, provenance=provenance)
+    return scores[metric] if isinstance(metric, str) else scores
+
+
+def _checked(metric: str | Sequence[str], representation: str, temperature: float) -> tuple[str, ...]:
+    metrics = (metric,) if isinstance(metric, str) else tuple(metric)
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise ValueError(f"metric is {unknown[0]!r}; expected one of {tuple(METRICS)}")
+    if not metrics or len(set(metrics)) < len(metrics):
+        raise ValueError(f"metric is {metric!r}; expected one metric or several different ones")
+    if representation not in REPRESENTATIONS:
+        raise ValueError(f"representation is {representation!r}; expected one of {REPRESENTATIONS}")
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature!r}; expected a positive number")
+    return metrics
+
+
+def _open(base: Source, task: Source, config: Any) -> tuple[Weights, Weights]:
+    for which, source in (("base", base), ("task", task)):
+        if not isinstance(source, (nn.Module, str, os.PathLike)):
+            raise TypeError(f"{which} is a {type(source).__name__}; expected a model or the path of a checkpoint")
+    if base is task:
+        raise ValueError("base and task are the same object: give the model before and after the task "
+                         "(copy.deepcopy keeps one)")
+    paths = [None if isinstance(source, nn.Module) else os.path.realpath(source) for source in (base, task)]
+    if paths[0] is not None and paths[0] == paths[1]:
+        raise ValueError(f"base and task are the same checkpoint, {os.fspath(base)}")
+    opened = []
+    for source, other in ((base, task), (task, base)):
+        if isinstance(source, nn.Module):
+            opened.append(ModelWeights(source))
+        else:
+            from .integrations.checkpoints import open_checkpoint
+
+            opened.append(open_checkpoint(source, config=config, like=None if isinstance(other, nn.Module) else other))
+    return opened[0], opened[1]
+
+
+Plan = list[tuple[AttentionLayer, list[Piece]]]
+
+
+def _params(plan: Plan) -> list[str]:
+    """The parameters that the pieces lie in, each once."""
+    return sorted({name for _, parts in plan for piece in parts for name in piece.params})
+
+
+def _batches(plan: Plan, reader: _Reader) -> list[Plan]:
+    """All layers at once where nothing needs to be moved and a kernel can take them, else one by one."""
+    return [plan] if reader.at_once else [[entry] for entry in plan]
+
+
+def _bar(batches: list[Plan], progress: bool) -> Iterable[Plan]:
+    if not progress:
+        return batches
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="scoring", unit="layer")
+
+
+class _Reader:
+    """Reads both models' weights of some layers, checks them, and cuts them into segments."""
+
+    def __init__(self, base: Weights, task: Weights, rename: Callable[[str], str],
+                 device: str | torch.device | None) -> None:
+        self.base, self.task, self.rename = base, task, rename
+        self.device = None if device is None else torch.device(device)
+        self.identical = True
+        self._dtypes: dict[str, set[str]] = {"base": set(), "task": set()}
+
+    @property
+    def at_once(self) -> bool:
+        """Both models are in memory and on the GPU that computes."""
+        if not (self.base.in_memory and self.task.in_memory):
+            return False
+        held = {tensor.device for weights in (self.base, self.task)
+                for tensor in weights.read(weights.layout.shapes).values()}
+        return len(held) == 1 and held <= ({self.device} if self.device else held) and next(iter(held)).type == "cuda"
+
+    def segments(self, batch: Plan) -> list[tuple]:
+        """The segments of every layer of the batch, on the device that computes."""
+        names = _params(batch)
+        base = self._read("base", self.base, names)
+        task = self._read("task", self.task, [self.rename(name) for name in names])
+        for name in names:
+            other = self.rename(name)
+            task[other] = task[other].to(base[name].device)
+            self.identical = self.identical and _equal(base[name], task[other])
+        return [tuple(piece.segment(base, task, self.rename) for piece in parts) for _, parts in batch]
+
+    def _read(self, which: str, weights: Weights, names: list[str]) -> dict[str, Tensor]:
+        tensors = {name: tensor.to(self.device or tensor.device) for name, tensor in weights.read(names).items()}
+        extremes = [torch.stack(torch.aminmax(tensor)).double() for tensor in tensors.values()]
+        # NaN reaches both extremes. One look at all tensors: on a GPU each look waits for it.
+        finite = torch.stack([extreme.to(extremes[0].device) for extreme in extremes]).isfinite().all(1)
+        if not finite.all():
+            name = list(tensors)[int((~finite).nonzero()[0])]
+            bad = int((~tensors[name].isfinite()).sum())
+            raise ValueError(f"{name} of the {which} model ({weights.name}) holds {bad} NaN or infinite weights")
+        self._dtypes[which] |= {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+        return tensors
+
+    def provenance(self) -> dict[str, Any]:
+        """What a file of scores says of where they are from; no path but what the user called it."""
+        models = {which: {"name": weights.name, "model_type": weights.layout.model_type,
+                          "dtypes": sorted(self._dtypes[which]), "streamed": not weights.in_memory}
+                  for which, weights in (("base", self.base), ("task", self.task))}
+        versions = {"alps_kernels": __version__, "torch": torch.__version__, "transformers": version("transformers"),
+                    "python": platform.python_version()}
+        return {"models": models, "versions": versions,
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def _equal(base: Tensor, task: Tensor) -> bool:
+    wide = torch.promote_types(base.dtype, task.dtype)
+    return torch.equal(base.to(wide), task.to(wide))
