@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-PROMPT = "{} ="  # short, so that a training step is cheap on a CPU
+PROMPT = "State the final answer to the following arithmetic problem: {} ="
 IGNORED = -100  # the label that cross-entropy leaves out
 
 

@@ -1,0 +1,108 @@
+"""Compile kernels for GPUs that are not here, and read what the compiler made of them.
+
+    built = build(kernel, {"x_ptr": "*fp32", "n": "i64"}, {"BLOCK": 1024}, target="sm_90", aligned=("x_ptr",))
+    resources(built)        # Resources(registers=..., stack=..., spills=...)
+    count(built, "LDG.E.128")
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+TARGETS = (*NVIDIA, "gfx942")
+
+
+def target_of(name: str) -> GPUTarget:
+    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
+
+
+def build(kernel, signature: dict[str, str], constexprs: dict, *, target: str = "sm_90",
+          aligned: tuple[str, ...] = (), num_warps: int = 4, num_stages: int = 2):
+    """The compiled kernel; each variant is compiled once per process.
+
+    Args:
+        signature: the Triton type of every argument that is not constexpr ("*bf16", "i64", "fp32").
+        constexprs: the value of every constexpr argument.
+        aligned: arguments known to be multiples of 16 (pointers: of 16 bytes).
+    """
+    return _build(kernel, tuple(signature.items()), tuple(constexprs.items()), target, tuple(aligned),
+                  num_warps, num_stages)
+
+
+@functools.cache
+def _build(kernel, signature, constexprs, target, aligned, num_warps, num_stages):
+    names = kernel.arg_names
+    types, constants = dict(signature), dict(constexprs)
+    if unknown := {*types, *constants} ^ set(names):
+        raise TypeError(f"arguments of {kernel.__name__} and those given differ in {sorted(unknown)}")
+    full = {name: types.get(name, "constexpr") for name in names}
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, full, {(names.index(k),): v for k, v in constants.items()}, attrs)
+    return triton.compile(source, target=target_of(target),
+                          options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False})
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    stack: int
+    local: int
+
+
+def resources(built) -> Resources:
+    """Registers per thread, stack and local memory in bytes, as cuobjdump reports them."""
+    text = _tool("cuobjdump", built, "-res-usage")
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return Resources(found["REG"], found["STACK"], found["LOCAL"])
+
+
+def sass(built) -> str:
+    """The machine code of an NVIDIA build."""
+    return _tool("cuobjdump", built, "-sass")
+
+
+def count(built, opcode: str) -> int:
+    """How many instructions of `sass(built)` begin with `opcode`."""
+    return len(re.findall(rf"\b{re.escape(opcode)}\b", sass(built)))
+
+
+def spill_free(built) -> bool:
+    """No local-memory traffic: no stack, no LDL, no STL (NVIDIA); no scratch (AMD)."""
+    if "cubin" not in built.asm:
+        scratch = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", built.asm["amdgcn"])
+        return bool(scratch) and all(size == "0" for size in scratch)
+    code = sass(built)
+    return resources(built).stack == 0 and not re.search(r"\b(LDL|STL)\b", code)
+
+
+def _tool(name: str, built, flag: str) -> str:
+    return _tool_output(name, bytes(built.asm["cubin"]), flag)
+
+
+@functools.cache
+def _tool_output(name: str, cubin: bytes, flag: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run([tool_path(name), flag, str(path)], check=True, capture_output=True, text=True).stdout
+
+
+def tool_path(name: str) -> str:
+    """One of NVIDIA's binary tools: the Triton wheel ships them; skips the test where none is found."""
+    shipped = sorted(Path(triton.__file__).parent.glob(f"backends/nvidia/**/{name}"))
+    found = str(shipped[0]) if shipped else shutil.which(name)
+    if not found:
+        pytest.skip(f"{name} is neither in the Triton wheel nor on the PATH")
+    return found
