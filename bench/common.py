@@ -1,0 +1,126 @@
+"""What every benchmark needs: an environment line, a parity gate, a clock, rows and a table."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("date", "commit", "device", "torch", "triton", "transformers", "python", "command", "bench", "case",
+           "rival", "median_ms", "p20_ms", "p80_ms", "bytes", "gbps", "copy_gbps", "share", "peak_mib", "launches",
+           "ratio", "note")
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def environment() -> dict[str, str]:
+    """What a number was taken on: the first columns of its row."""
+    root = Path(__file__).resolve().parent.parent
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+                             capture_output=True, text=True)
+    commit = head.stdout.strip() or "unknown"
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    called = f"python -m {module.name}" if module else Path(sys.argv[0]).name
+    return {
+        "date": date.today().isoformat(), "commit": commit + ("+" if changed.stdout.strip() else ""),
+        "device": device_name(), "torch": torch.__version__, "triton": _version("triton"),
+        "transformers": _version("transformers"), "python": platform.python_version(),
+        "command": " ".join([called, *sys.argv[1:]]),
+    }
+
+
+def gate(name: str, ok: bool, detail: str) -> None:
+    """No number is reported on a red parity check: stops the benchmark.
+
+    Raises:
+        SystemExit: the check failed.
+    """
+    if not ok:
+        raise SystemExit(f"parity of {name} is red, nothing is timed: {detail}")
+    print(f"parity of {name}: {detail}")
+
+
+def measure(fn: Callable[[], object], *, repeats: int = 10, warmup: int = 2) -> dict[str, float]:
+    """Median, 20th and 80th percentile of the time of one call, in ms.
+
+    On CUDA by events around calls with the L2 cache flushed; on a CPU by the wall clock.
+    """
+    if torch.cuda.is_available():
+        from triton.testing import do_bench
+
+        median, low, high = do_bench(fn, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8])
+        return {"median_ms": median, "p20_ms": low, "p80_ms": high}
+    for _ in range(warmup):
+        fn()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        fn()
+        times.append((time.perf_counter() - start) * 1e3)
+    if len(times) == 1:
+        return dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), times[0])
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return {"median_ms": statistics.median(times), "p20_ms": fifths[0], "p80_ms": fifths[-1]}
+
+
+def copy_bandwidth(numel: int | None = None) -> float:
+    """GB/s of a device-to-device copy, bytes read and written both counted."""
+    cuda = torch.cuda.is_available()
+    source = torch.empty(numel or (2**30 if cuda else 2**24), dtype=torch.int32, device="cuda" if cuda else "cpu")
+    target = torch.empty_like(source)
+    source.fill_(1)
+    took = measure(lambda: target.copy_(source), repeats=5)["median_ms"]
+    return 2 * source.numel() * source.element_size() / took / 1e6
+
+
+def write_rows(name: str, rows: Sequence[dict]) -> Path:
+    """Append rows to bench/results/<name>.csv (or $OUT); every row has every column, in one order."""
+    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path, known = folder / f"{name}.csv", environment()
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        if fresh:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({**known, "bench": name, **{k: _short(v) for k, v in row.items()}})
+    return path
+
+
+def table(rows: Sequence[dict], columns: Sequence[str] = ("case", "rival", "median_ms", "gbps", "share", "ratio", "note")) -> None:
+    """Print rows as a table people can read."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(*[c for c in columns if any(row.get(c) not in (None, "") for row in rows)])
+    for row in rows:
+        shown.add_row(*[str(_short(row.get(c.header, ""))) for c in shown.columns])
+    Console().print(shown)
+
+
+def _short(value: object) -> object:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
