@@ -67,11 +67,21 @@ def solve(module: str, facts: Facts, *, q: int, k: int, v: int, o: int | None) -
         near = Facts([source])
         heads, qk = near.get(HEADS), near.get(HEAD_DIM)
         for wide in (1, 2):
-            if (heads or qk) and (sizes := _fit(heads, qk, wide, q, k, v, o)):
+            if (heads or qk) and (sizes := _fit(heads, qk, wide, q, k, v, o)) and _agrees(sizes, facts):
                 return sizes, wide
     raise LayoutError(f"{module}: projections of {q} query, {k} key and {v} value features, with {o} features into the "
                       f"output projection, do not divide into heads; stated: {facts.get(HEADS)} heads, head size "
                       f"{facts.get(HEAD_DIM)}")
+
+
+def _agrees(sizes: Sizes, facts: Facts) -> bool:
+    """What the attention module, and its own config, state besides does not contradict `sizes`."""
+    module = facts.sources[0]
+    own = Facts([module, read(module, "config")])
+    ratio = read(module, "num_key_value_groups")
+    if type(ratio) is int and ratio > 1 and sizes.heads != ratio * sizes.groups:
+        return False  # 1 says nothing: modules without groups state it for the attention function
+    return (own.get(HEADS) in (None, sizes.heads)) and Facts([module]).get(KV_HEADS) in (None, sizes.groups)
 
 
 def _fit(heads: int | None, qk: int | None, wide: int, q: int, k: int, v: int, o: int | None) -> Sizes | None:
