@@ -64,11 +64,14 @@ def _norm(scores: HeadScores):
 
 def _frame(axes, scores: HeadScores, heads: HeadSelection) -> None:
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import Normal, Stroke
 
+    seen_in_print = [Stroke(linewidth=3.2, foreground="white"), Normal()]
     row = {layer: place for place, layer in enumerate(scores.layers)}
     for layer, head in heads:
         if layer in row:
-            axes.add_patch(Rectangle((head - 0.42, row[layer] - 0.42), 0.84, 0.84, fill=False, edgecolor="red", linewidth=1.6))
+            axes.add_patch(Rectangle((head - 0.42, row[layer] - 0.42), 0.84, 0.84, fill=False, edgecolor="red",
+                                     linewidth=1.6, path_effects=seen_in_print))
 
 
 def _ticks(n: int) -> list[int]:

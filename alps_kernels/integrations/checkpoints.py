@@ -129,8 +129,11 @@ class Checkpoint:
         if not self.path.is_dir():
             raise ValueError(f"{self.path} has to be converted while loading, which works for folders only; "
                              "load the model and give that instead")
-        model, report = type(self.model).from_pretrained(self.path, config=self.model.config, dtype="auto",
-                                                         output_loading_info=True)
+        try:
+            model, report = type(self.model).from_pretrained(self.path, config=self.model.config, dtype="auto",
+                                                             output_loading_info=True)
+        except Exception as error:  # a torn or foreign checkpoint may fail anywhere
+            raise ValueError(f"{self.path}: transformers cannot load this checkpoint: {_said(error)}") from error
         if lost := sorted(set(params) & set(report["missing_keys"])):
             raise ValueError(f"{self.path} does not hold {lost[0]}, says transformers, which loaded it")
         return model
@@ -174,9 +177,13 @@ def skeleton(config: Any, path: Path) -> nn.Module:
     try:
         with torch.device("meta"):
             return named(config) if known else transformers.AutoModel.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, NotImplementedError, RuntimeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: transformers cannot build its {config.model_type} model: {said}") from error
+    except Exception as error:  # sizes that do not go together may fail anywhere
+        raise ValueError(f"{path}: transformers cannot build its {config.model_type} model: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_config(path: Path, given: Any, like: str | os.PathLike | None) -> Any:
@@ -188,9 +195,12 @@ def read_config(path: Path, given: Any, like: str | os.PathLike | None) -> Any:
     document = given if isinstance(given, Mapping) else _config_document(Path(path if given is None else given))
     if document is None:
         raise ValueError(f"{path} has no config.json, so its heads cannot be located; give config=")
-    found = _typed(document)
-    if found is None and like is not None and (other := _config_document(Path(like))) and _same_sizes(document, other):
-        found = _typed({**document, "model_type": other.get("model_type"), "architectures": other.get("architectures")})
+    try:
+        found = _typed(document)
+        if found is None and like is not None and (other := _config_document(Path(like))) and _same_sizes(document, other):
+            found = _typed({**document, **{key: other.get(key) for key in ("model_type", "architectures")}})
+    except Exception as error:  # configs check themselves, each in its own way
+        raise ValueError(f"{path}: transformers refuses its config: {_said(error)}") from error
     if found is None:
         raise ValueError(f"{path}: its config states neither a model_type nor architectures that transformers knows "
                          f"({document.get('model_type')!r}, {document.get('architectures')!r}); give config=")
@@ -218,12 +228,17 @@ def _config_document(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes(), object_hook=_number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds a {type(document).__name__}; expected an object")
     return document
+
+
+def _number(entry: dict[str, Any]) -> Any:
+    """transformers writes infinite numbers of a config as {"__float__": "Infinity"}."""
+    return float(entry["__float__"]) if entry.keys() == {"__float__"} else entry
 
 
 def _same_sizes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -240,6 +255,5 @@ def _load_gguf(file: Path) -> nn.Module:
     try:
         return AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
-    except (ValueError, KeyError, ImportError, OSError, NotImplementedError, RuntimeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file}: transformers cannot load this GGUF: {said}") from error
+    except Exception as error:  # a torn or foreign file may fail anywhere
+        raise ValueError(f"{file}: transformers cannot load this GGUF: {_said(error)}") from error
