@@ -8,7 +8,7 @@ few lines that know it are `fused_order` and the two docstrings that name an ord
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -168,5 +168,6 @@ def pair_up(owned: Owned) -> Owned:
     n, g = len(owned.heads) // 2, len(owned.groups) // 2
     queries, columns = ([tuple(part for part in unit if (part.role == "o") == is_o) for unit in owned.heads]
                         for is_o in (False, True))
-    heads = join(queries[:n], queries[n:], columns[::2], columns[1::2])
+    pairs = tuple((replace(a, stop=b.stop),) for (a,), (b,) in zip(columns[::2], columns[1::2], strict=True))
+    heads = join(queries[:n], queries[n:], pairs)
     return Owned(heads, join(owned.groups[:g], owned.groups[g:]), owned.group_of[:n])

@@ -49,7 +49,7 @@ def find_heads(model: nn.Module) -> HeadLayout:
         kind = kind_of(at.name, walk.modules[at.name], walk.parent(at.name))
         layers.append(AttentionLayer(
             index, at.name, kind, tower, at.owned.heads, at.owned.groups, at.owned.group_of,
-            None if at.out is None else at.out.module, None if at.reused is None else found.index(at.reused)))
+            at.out.module if at.out is not None and at.out.module != at.name else None, None if at.reused is None else found.index(at.reused)))
     held = {part.param for layer in layers for unit in (*layer.heads, *layer.groups) for part in unit}
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters() if name in held}
     return HeadLayout(tuple(layers), shapes, walk.model_type)
@@ -276,7 +276,7 @@ def _is_attention(module: nn.Module, roles: dict) -> bool:
 def _not_heads(module: nn.Module) -> bool:
     """Recurrences (no softmax over positions) and the selectors of sparse attention."""
     kind = type(module).__name__.lower()
-    if any(word in kind for word in ("delta", "lightning", "linearattention", "mamba", "lstm", "indexer", "rwkv")):
+    if any(word in kind for word in ("delta", "lightning", "mamba", "lstm", "indexer", "rwkv")):
         return True
     return any(mark in module._modules or mark in module._parameters for mark in ("A_log", "conv1d", "forget_gate"))
 

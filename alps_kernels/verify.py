@@ -10,7 +10,7 @@ others: norms inside the attention module pass their input on unchanged while th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -81,29 +81,38 @@ def _check_layer(layer: AttentionLayer, params: dict[str, nn.Parameter], modules
         LayoutError: see `verify_layout`.
     """
     stage = modules[_stage(layer)]
-    columns = [_columns(layer, head) for head in layer.heads]
-    with _norms_pass(stage), _Probe(layer, modules) as probe:
-        def run() -> Tensor:
-            torch.manual_seed(seed)
-            args, kwargs = copy.deepcopy(call)
-            probe.seen = None
-            stage(*args, **kwargs)
-            return probe.read()
+    if not all(any(part.role == "o" for part in unit) for unit in layer.heads):
+        raise LayoutError(f"{layer.module}: no output projection was located, so there is nothing to see its heads by")
 
-        base = run()
-        if not torch.equal(base, run()):
+    def call_stage() -> Any:
+        torch.manual_seed(seed)
+        args, kwargs = copy.deepcopy(call)
+        return stage(*args, **kwargs)
+
+    with _norms_pass(stage):
+        probe = _Probe(layer, modules, call_stage)
+        if not probe.sees():
+            probe = _HeadProbe(layer, params, call_stage)
+        base = probe.run()
+        if not torch.equal(base, probe.run()):
             raise LayoutError(f"{layer.module}: two runs on the same input differ; it cannot be checked by perturbation")
-        for head, unit in enumerate(layer.heads):
-            for role in ("q", "gate"):
-                blocks = [part for part in unit if part.role == role or (role == "q" and part.role == "q_rope")]
-                if blocks:
-                    moved = _moved(params, blocks, base, run, seed)
-                    _compare(layer, f"head {head}: its {role} block", moved, columns[head])
-        for group, unit in enumerate(layer.groups):
-            want = sorted(c for head, own in enumerate(columns) if layer.group_of[head] == group for c in own)
-            for role, word in _BLOCKS:
-                if blocks := [part for part in unit if part.role == role]:
-                    _compare(layer, f"group {group}: its {word} block", _moved(params, blocks, base, run, seed), want)
+        for what, blocks, heads in _claims(layer):
+            want = sorted(c for head in heads for c in probe.columns(head))
+            _compare(layer, what, _moved(params, blocks, base, probe.run, seed), want)
+
+
+def _claims(layer: AttentionLayer) -> Iterator[tuple[str, list[HeadSlice], list[int]]]:
+    """What to perturb: a name, the blocks, and the heads that must move."""
+    for head, unit in enumerate(layer.heads):
+        for role in ("q", "gate"):
+            blocks = [part for part in unit if part.role == role or (role == "q" and part.role == "q_rope")]
+            if blocks:
+                yield f"head {head}: its {role} block", blocks, [head]
+    for group, unit in enumerate(layer.groups):
+        heads = [head for head, own in enumerate(layer.group_of) if own == group]
+        for role, word in _BLOCKS:
+            if blocks := [part for part in unit if part.role == role]:
+                yield f"group {group}: its {word} block", blocks, heads
 
 
 def _compare(layer: AttentionLayer, what: str, moved: list[int], want: list[int]) -> None:
@@ -140,13 +149,6 @@ def _perturbed(block: Tensor, seed: int) -> Iterator[None]:
         block.copy_(kept)
 
 
-def _columns(layer: AttentionLayer, unit: Sequence[HeadSlice]) -> list[int]:
-    own = [c for part in unit if part.role == "o" for c in range(part.start, part.stop)]
-    if not own:
-        raise LayoutError(f"{layer.module}: no output projection was located, so there is nothing to see its heads by")
-    return own
-
-
 def _stage(layer: AttentionLayer) -> str:
     """The smallest module that holds the attention and its output projection: what is run."""
     if layer.output is None:
@@ -160,32 +162,72 @@ def _stage(layer: AttentionLayer) -> str:
 
 
 class _Probe:
-    """Sees the output projection's input, [positions, n_in] in float32."""
+    """Sees the output projection's input: one column per feature."""
 
-    def __init__(self, layer: AttentionLayer, modules: dict[str, nn.Module]) -> None:
-        self.layer = layer
-        self.outer = modules[layer.output]
-        self.inner, _ = unwrap(self.outer, layer.output)
-        self.stage = modules[_stage(layer)]
+    def __init__(self, layer: AttentionLayer, modules: dict[str, nn.Module], call: Callable[[], Any]) -> None:
+        self.layer, self.call = layer, call
+        self.outer = None if layer.output is None else modules[layer.output]
         self.seen: Tensor | None = None
 
-    def __enter__(self) -> _Probe:
-        self.handle = self.outer.register_forward_pre_hook(self._keep, with_kwargs=True)
-        return self
+    def columns(self, head: int) -> list[int]:
+        return [c for part in self.layer.heads[head] if part.role == "o" for c in range(part.start, part.stop)]
 
-    def __exit__(self, *exc: object) -> None:
-        self.handle.remove()
+    def sees(self) -> bool:
+        """Whether the attention module calls its output projection as a module."""
+        return self.outer is not None and self.run() is not None
+
+    def run(self) -> Tensor | None:
+        """[positions, n_in] in float32."""
+        self.seen = None
+        handle = self.outer.register_forward_pre_hook(self._keep, with_kwargs=True)
+        try:
+            self.call()
+        finally:
+            handle.remove()
+        return self.seen
 
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         value = args[0] if args else next(iter(kwargs.values()))
-        value = value.movedim(1, -1) if self.inner.weight.ndim > 2 else value
+        inner, _ = unwrap(self.outer, "")
+        value = value.movedim(1, -1) if inner.weight.ndim > 2 else value  # a convolution: [batch, n_in, ...]
         self.seen = value.detach().reshape(-1, value.shape[-1]).float().clone()
 
-    def read(self) -> Tensor:
-        if self.seen is None:
-            raise LayoutError(f"{self.layer.output}: the attention module does not call its output projection as a "
-                              "module, so its input cannot be seen and this layer cannot be checked")
-        return self.seen
+
+class _HeadProbe:
+    """Where no module takes the heads' outputs (torch's MultiheadAttention, XLNet): one column per head.
+
+    A head's column is what the attention module returns while the output projection is zero
+    outside the columns of that head.
+    """
+
+    def __init__(self, layer: AttentionLayer, params: dict[str, nn.Parameter], call: Callable[[], Any]) -> None:
+        self.layer, self.params, self.call = layer, params, call
+
+    def columns(self, head: int) -> list[int]:
+        return [head]
+
+    def run(self) -> Tensor:
+        """[returned elements, heads] in float32."""
+        return torch.stack([self._alone(unit) for unit in self.layer.heads], 1)
+
+    def _alone(self, unit: Sequence[HeadSlice]) -> Tensor:
+        own = [part for part in unit if part.role == "o"]
+        weight = self.params[own[0].param].data
+        kept = weight.clone()
+        try:
+            weight.zero_()
+            for part in own:
+                part.of(weight).copy_(part.of(kept))
+            return _first_tensor(self.call()).float().reshape(-1).clone()
+        finally:
+            weight.copy_(kept)
+
+
+def _first_tensor(value: Any) -> Tensor:
+    """The first tensor in what a module returned."""
+    while not isinstance(value, Tensor):
+        value = next(iter(value.values() if isinstance(value, Mapping) else value))
+    return value
 
 
 def _catch(model: nn.Module, stages: dict[str, nn.Module], inputs: Mapping[str, Any]) -> dict[str, tuple]:
