@@ -1,0 +1,6 @@
+"""The meaning of every op in plain PyTorch: CPU backend, test oracle and rival of the kernels."""
+
+from .reference_adamw import head_adamw_, head_grad_norm
+from .reference_scoring import head_delta, head_delta_projection
+
+__all__ = ["head_adamw_", "head_delta", "head_delta_projection", "head_grad_norm"]

@@ -1,0 +1,232 @@
+"""What `head_delta` means, in plain PyTorch: the CPU backend, and the oracle of the kernels.
+
+The probabilities of a head's n elements are all close to 1/n and a score is the sum of their
+tiny differences, so they are never subtracted (DESIGN, Numerics). With x = (t - b) / tau,
+e = exp((b - max b) / tau) and u = expm1(x):
+
+    r = sum(e u) / sum(e),  Z_T = Z_B (1 + r),  P_T - P_B = e (u - r) / Z_T
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ELEMENTS = 2**17  # elements at work at once: their float64 temporaries stay in a core's cache
+LARGE = 8.0  # |x| beyond which the distributions differ so much that subtracting loses nothing
+SERIES = 0.03  # |delta| below which x log x - x + 1 is a series, to 3e-11 relative
+PADS = ("pad", "pad_index")
+
+
+def head_delta(layers: Sequence[Sequence[Any]], metrics: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
+    """See `ops.head_delta.head_delta`."""
+    return _scored((_rows(layer) for layer in layers), metrics, temperature)
+
+
+def head_delta_projection(layers: Sequence[tuple[Any, Any, Any]], metrics: Sequence[str], *,
+                          temperature: float = 1.0) -> dict[str, Tensor]:
+    """See `ops.head_delta.head_delta_projection`."""
+    return _scored((_projected(*layer) for layer in layers), metrics, temperature)
+
+
+def _scored(layers: Iterator[Iterator[tuple[Tensor, Tensor]]], metrics: Sequence[str], tau: float) -> dict[str, Tensor]:
+    found: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    for index, layer in enumerate(layers):
+        seen = 0
+        for base, delta in layer:
+            bad = ~(base.isfinite().all(1) & delta.isfinite().all(1))
+            if bad.any():
+                head = seen + int(bad.nonzero()[0])
+                raise ValueError(f"head {head} of layer {index} of those given has NaN or Inf weights")
+            seen += len(base)
+            for name, value in score_rows(base, delta, metrics, tau).items():
+                found[name].append(value)
+    return {name: torch.cat(values) if values else torch.empty(0, dtype=torch.float64) for name, values in found.items()}
+
+
+def _rows(segments: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """A layer's heads some at a time: their elements in the base and what the task added, [heads, n]."""
+    heads = len(segments[0].index)
+    numel = sum(s.base[0].numel() for s in segments)
+    step = max(1, ELEMENTS // max(numel, 1))
+    # Differences of float32 numbers this close are exact; only float64 weights need float64.
+    dtype = torch.promote_types(torch.float32, torch.promote_types(segments[0].base.dtype, segments[0].task.dtype))
+    for at in range(0, heads, step):
+        sides = []
+        for side in ("base", "task"):
+            blocks = [_take(getattr(s, side), s.index[at:at + step]).to(dtype).flatten(1) for s in segments]
+            sides.append(torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0])
+        base, task = sides
+        yield base, task - base
+
+
+def _take(blocks: Tensor, index: Sequence[int]) -> Tensor:
+    first, last = index[0], index[-1]
+    if tuple(index) == tuple(range(first, last + 1)):
+        return blocks[first:last + 1]
+    return blocks[list(index)]
+
+
+def _projected(q: Any, k: Any, v: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """W_h = q^T k v^T of the base and its difference as products of differences, float64.
+
+    M = k v^T, dM = dk v_T^T + k_B dv^T;  dW = dq^T M_T + q_B^T dM.
+    """
+    pairs = sorted(set(zip(k.index, v.index, strict=True)))
+    where = {pair: i for i, pair in enumerate(pairs)}
+    k_base, k_task = (_take(side, [p[0] for p in pairs]).double() for side in (k.base, k.task))
+    v_base, v_task = (_take(side, [p[1] for p in pairs]).double() for side in (v.base, v.task))
+    m_base = k_base @ v_base.mT  # [groups, d_k, d_v]
+    m_task = k_task @ v_task.mT
+    m_delta = (k_task - k_base) @ v_task.mT + k_base @ (v_task - v_base).mT
+    step = max(1, ELEMENTS // max(q.base.shape[2] * v.base.shape[1], 1))
+    for at in range(0, len(q.index), step):
+        group = [where[pair] for pair in zip(k.index[at:at + step], v.index[at:at + step], strict=True)]
+        q_base, q_task = (_take(side, q.index[at:at + step]).double() for side in (q.base, q.task))
+        delta = (q_task - q_base).mT @ m_task[group] + q_base.mT @ m_delta[group]
+        yield (q_base.mT @ m_base[group]).flatten(1), delta.flatten(1)  # [heads, d * d_v]
+
+
+def score_rows(base: Tensor, delta: Tensor, metrics: Sequence[str], tau: float) -> dict[str, Tensor]:
+    """Every metric between rows of weights and the same rows moved by `delta`.
+
+    Args:
+        base, delta: finite, [heads, n], float32 or float64.
+        metrics: of `ops.head_delta.METRICS`.
+        tau: temperature of the softmax.
+
+    Returns:
+        float64 [heads] per metric.
+    """
+    scores: dict[str, Tensor] = {}
+    if wanted := set(metrics) & {"euclidean", "relative", "cosine_weights"}:
+        scores |= _of_weights(base.double(), delta.double(), wanted)
+    if wanted := set(metrics) - {"euclidean", "relative", "cosine_weights", "pad_values"}:
+        scores |= _of_probabilities(base, delta, wanted, tau)
+    if "pad_values" in metrics:
+        # Probabilities sort as weights do, so the sorted weights are a pair of heads like any other.
+        lower = base.sort(1).values
+        sorted_delta = (base.double() + delta.double()).sort(1).values - lower.double()
+        scores |= _of_probabilities(lower, sorted_delta.to(base.dtype), {"pad_values"}, tau)
+    return {name: scores[name] for name in metrics}
+
+
+def _of_weights(base: Tensor, delta: Tensor, wanted: set[str]) -> dict[str, Tensor]:
+    scores = {}
+    moved = delta.norm(dim=1)
+    if "euclidean" in wanted:
+        scores["euclidean"] = moved
+    if "relative" in wanted:
+        # 0 / 0 is a head that stayed zero; anything else over 0 is infinitely far.
+        scores["relative"] = torch.where(moved == 0, 0.0, moved / base.norm(dim=1))
+    if "cosine_weights" in wanted:
+        scores["cosine_weights"] = _one_minus_cosine(base, delta)
+    return scores
+
+
+def _one_minus_cosine(a: Tensor, d: Tensor) -> Tensor:
+    """1 - cos(a, a + d) per row, from the part of d across a: no difference of near-equal numbers.
+
+    A row of zeros is at distance 0 from itself and 1 from anything else.
+    """
+    norm = a.norm(dim=1)
+    along = (a * d).sum(1) / norm.square()
+    across = (d - along[:, None] * a).square().sum(1)
+    alpha = norm * (1 + along)  # length of a + d along a
+    length = (alpha.square() + across).sqrt()
+    exact = torch.where(alpha > 0, across / (length * (length + alpha)), 1 - alpha / length)
+    zeros = torch.where((norm == 0) & (d == 0).all(1), 0.0, 1.0)
+    return torch.where((norm == 0) | (length == 0), zeros, exact)
+
+
+def _of_probabilities(base: Tensor, delta: Tensor, wanted: set[str], tau: float) -> dict[str, Tensor]:
+    x = delta if tau == 1 else delta / tau
+    largest = x.abs().amax(1)
+    if bool((largest > LARGE).any()):
+        far = largest > LARGE
+        scores = {name: torch.zeros(len(base), dtype=torch.float64) for name in wanted}
+        for rows, compute in ((far, _from_far), (~far, _from_near)):
+            if rows.any():
+                for name, value in compute(base[rows], x[rows], wanted, tau).items():
+                    scores[name][rows] = value
+        return scores
+    return _from_near(base, x, wanted, tau)
+
+
+def _from_near(base: Tensor, x: Tensor, wanted: set[str], tau: float) -> dict[str, Tensor]:
+    """exp and expm1 in the weights' precision, whose rounding errors are independent; sums in float64."""
+    shifted = base - base.amax(1, keepdim=True)
+    e = (shifted if tau == 1 else shifted.div_(tau)).exp_()
+    u = x.expm1()
+    width = ELEMENTS if e.shape[1] > ELEMENTS else e.shape[1]
+    z_base = torch.zeros(len(e), 1, dtype=torch.float64)
+    moved = torch.zeros_like(z_base)
+    for e_block, u_block in zip(e.split(width, 1), u.split(width, 1), strict=True):
+        e_block = e_block.double()
+        z_base += e_block.sum(1, keepdim=True)
+        moved += e_block.mul_(u_block).sum(1, keepdim=True)
+    r = moved / z_base
+    z_task = z_base + moved
+    sums = {name: torch.zeros_like(z_base) for name in wanted}
+    carry = torch.zeros_like(z_base)
+    last = e.shape[1] - 1
+    for at in range(0, e.shape[1], width):
+        e_block = e[:, at:at + width].double()
+        d = u[:, at:at + width].double().sub_(r).mul_(e_block)  # (P_T - P_B) Z_T
+        if "pad_values" in wanted:
+            sums["pad_values"] += d.abs().sum(1, keepdim=True)
+        if wanted & {"kl", "js"}:
+            ratio = d.div(e_block).div_(1 + r).nan_to_num_(0.0)  # P_T / P_B - 1; an underflown e weighs nothing
+            for name, term in (("kl", _surprise), ("js", _half_surprise)):
+                if name in wanted:
+                    sums[name] += (e_block * term(ratio)).sum(1, keepdim=True)
+        if wanted & set(PADS):
+            d[:, :1] += carry
+            d = d.cumsum_(1)
+            carry = d[:, -1:].clone()
+            total = d.abs_().sum(1, keepdim=True)
+            if at + d.shape[1] > last:
+                total -= d[:, -1:]  # the last CDF is 1 on both sides
+            for name in wanted & set(PADS):
+                sums[name] += total
+    n = e.shape[1]
+    scale = {"pad": z_task * max(n - 1, 1), "pad_index": z_task, "pad_values": z_task * max(n, 1), "kl": z_base, "js": z_base}
+    scores = {name: (sums[name] / scale[name]).squeeze(1) for name in wanted - {"cosine"}}
+    if "cosine" in wanted:
+        e = e.double()
+        scores["cosine"] = _one_minus_cosine(e / z_base, u.double().sub_(r).mul_(e) / z_task)
+    return scores
+
+
+def _surprise(d: Tensor) -> Tensor:
+    """(1 + d) log(1 + d) - d: d^2/2 - d^3/6 + d^4/12 - ..., without cancellation for small d."""
+    series = torch.full_like(d, 1 / 42)
+    for k in (30, 20, 12, 6, 2):
+        series = series.mul_(-d).add_(1 / k)
+    direct = torch.special.xlog1py(1 + d, d) - d
+    return torch.where(d.abs() < SERIES, series * d * d, direct)
+
+
+def _half_surprise(d: Tensor) -> Tensor:
+    """The Jensen-Shannon term of P_T = (1 + d) P_B: half of surprise(d) - 2 surprise(d / 2)."""
+    return 0.5 * _surprise(d) - _surprise(0.5 * d)
+
+
+def _from_far(base: Tensor, x: Tensor, wanted: set[str], tau: float) -> dict[str, Tensor]:
+    """Heads so far apart that their float64 probabilities can be subtracted."""
+    log_base = torch.log_softmax(base.double() / tau, 1)
+    log_task = torch.log_softmax(base.double() / tau + x.double(), 1)
+    p, q = log_base.exp(), log_task.exp()
+    d = q - p
+    steps = d.cumsum(1)[:, :-1].abs().sum(1)
+    log_mean = torch.logaddexp(log_base, log_task) - torch.log(torch.tensor(2.0, dtype=torch.float64))
+    n = d.shape[1]
+    scores = {
+        "pad": steps / max(n - 1, 1), "pad_index": steps, "pad_values": d.abs().sum(1) / n,
+        "kl": (q * (log_task - log_base)).sum(1), "cosine": _one_minus_cosine(p, d),
+        "js": 0.5 * (p * (log_base - log_mean) + q * (log_task - log_mean)).sum(1),
+    }
+    return {name: scores[name] for name in wanted}
