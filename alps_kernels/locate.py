@@ -126,6 +126,9 @@ class _Walk:
                ("q", "q_gate", "qk", "k", "v", "qkv", "kv", "kv_b", "in")}
         keys, values = (self._several(roles, r, packed) for r in ("k", "v"))
         q = get["q"] or get["qk"] or get["q_gate"]
+        if "o_a" in roles:
+            raise LayoutError(f"{name} ({type(module).__name__}): {roles['o_a'][0][0]} is a grouped low-rank output "
+                              "projection, in which heads of different groups share their columns")
         pair = get["kv"] or (get["qkv"] if q is not None else None)
         if get["kv_b"] is not None and q is not None:
             out = self._output(name, module, packed, lambda o: True)

@@ -22,6 +22,7 @@ _ROLES = {
     ("qkv",): "qkv", ("wqkv",): "qkv", ("query", "key", "value"): "qkv", ("c", "attn"): "qkv",
     ("kv",): "kv", ("wkv",): "kv", ("key", "value"): "kv", ("kv", "b"): "kv_b",
     ("query", "key"): "qk", ("in",): "in", ("q", "gate"): "q_gate",
+    ("o", "a"): "o_a",
     # one key and value projection for every source of a cross-attention
     **{("key", source): "k_of" for source in ("protein", "structure", "msa")},
     **{("value", source): "v_of" for source in ("protein", "structure", "msa")},

@@ -63,35 +63,36 @@ def verify_layout(
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_eval_mode(model))
         torch.manual_seed(seed)
-        calls = _catch(model, {_stage(layer): modules[_stage(layer)] for layer in chosen},
-                       _default_inputs(model) if inputs is None else inputs)
+        around = {layer.index: _around(layer, modules) for layer in chosen}
+        wanted = {name: modules[name] for names in around.values() for name in names}
+        calls = _catch(model, wanted, _default_inputs(model) if inputs is None else inputs)
         for layer in chosen:
-            stage = _stage(layer)
-            if stage not in calls:
-                raise LayoutError(f"{layer.module}: the inputs do not reach this attention module; pass `inputs` that "
-                                  "do, or the `layers` to check")
-            _check_layer(layer, params, modules, calls[stage], seed)
+            stage = next((name for name in around[layer.index] if name in calls), None)
+            if stage is None:
+                raise _not_reached(layer)
+            _check_layer(layer, params, modules, stage, calls[stage], seed)
 
 
 def _check_layer(layer: AttentionLayer, params: dict[str, nn.Parameter], modules: dict[str, nn.Module],
-                 call: tuple, seed: int) -> None:
-    """Every head and group of one attention module.
+                 stage: str, call: tuple, seed: int) -> None:
+    """Every head and group of one attention module, seen by calling the module `stage` again.
 
     Raises:
         LayoutError: see `verify_layout`.
     """
-    stage = modules[_stage(layer)]
     if not all(any(part.role == "o" for part in unit) for unit in layer.heads):
         raise LayoutError(f"{layer.module}: no output projection was located, so there is nothing to see its heads by")
 
     def call_stage() -> Any:
         torch.manual_seed(seed)
         args, kwargs = copy.deepcopy(call)
-        return stage(*args, **kwargs)
+        return modules[stage](*args, **kwargs)
 
-    with _norms_pass(stage):
+    with _norms_pass(modules[stage]):
         probe = _Probe(layer, modules, call_stage)
         if not probe.sees():
+            if stage != _around(layer, modules)[0]:  # the block ran without its attention
+                raise _not_reached(layer)
             probe = _HeadProbe(layer, params, call_stage)
         base = probe.run()
         if not torch.equal(base, probe.run()):
@@ -99,6 +100,11 @@ def _check_layer(layer: AttentionLayer, params: dict[str, nn.Parameter], modules
         for what, blocks, heads in _claims(layer):
             want = sorted(c for head in heads for c in probe.columns(head))
             _compare(layer, what, _moved(params, blocks, base, probe.run, seed), want)
+
+
+def _not_reached(layer: AttentionLayer) -> LayoutError:
+    return LayoutError(f"{layer.module}: the inputs do not reach this attention module; pass `inputs` that do, or the "
+                       "`layers` to check")
 
 
 def _claims(layer: AttentionLayer) -> Iterator[tuple[str, list[HeadSlice], list[int]]]:
@@ -149,16 +155,18 @@ def _perturbed(block: Tensor, seed: int) -> Iterator[None]:
         block.copy_(kept)
 
 
-def _stage(layer: AttentionLayer) -> str:
-    """The smallest module that holds the attention and its output projection: what is run."""
-    if layer.output is None:
-        return layer.module
+def _around(layer: AttentionLayer, modules: Mapping[str, nn.Module]) -> list[str]:
+    """What can be run to see the heads: the smallest module around attention and output, and its block.
+
+    The block serves where the smallest one is run through its `forward`, past all hooks.
+    """
     shared = []
-    for a, b in zip(layer.module.split("."), layer.output.split("."), strict=False):
+    for a, b in zip(layer.module.split("."), (layer.output or layer.module).split("."), strict=False):
         if a != b:
             break
         shared.append(a)
-    return ".".join(shared)
+    names = [".".join(shared[:depth]) for depth in range(len(shared), -1, -1)]
+    return [name for name in names if not isinstance(modules[name], (nn.ModuleList, nn.ModuleDict))][:3]
 
 
 class _Probe:

@@ -199,7 +199,7 @@ def test_any_sizes_are_owned_once(groups, per, half, bias, kind):
 
 @pytest.mark.parametrize("model_type, config", [
     ("mamba", {"hidden_size": WIDTH, "num_hidden_layers": 1, "vocab_size": VOCAB}),
-    ("rwkv", {"hidden_size": WIDTH, "attention_hidden_size": WIDTH, "num_hidden_layers": 1, "vocab_size": VOCAB}),
+    ("rwkv", {"hidden_size": WIDTH, "attention_hidden_size": WIDTH, "num_hidden_layers": 2, "vocab_size": VOCAB}),
 ])
 def test_state_space_models_refuse(model_type, config):
     with pytest.raises(LayoutError, match=f"{model_type}: no module of this model holds attention heads"):
