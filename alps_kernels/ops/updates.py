@@ -1,0 +1,105 @@
+"""What one AdamW step takes for each parameter: the arguments of `head_adamw_`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """A rectangle of a parameter that trains, and where its state lies in the compact state.
+
+    Attributes:
+        dim: the axis that is cut, 0 rows or 1 columns of the parameter seen as [shape[0], -1].
+        start, stop: the half-open range along `dim`.
+        offset: the position of its first element in the state.
+        stride: elements of state from one of its rows to the next.
+    """
+
+    dim: int
+    start: int
+    stop: int
+    offset: int
+    stride: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The block as a 2-D view of `tensor`, which has the parameter's shape."""
+        return matrix(tensor).narrow(self.dim, self.start, self.stop - self.start)
+
+    def of_state(self, compact: Tensor, shape: torch.Size) -> Tensor:
+        """The block's state as a view [rows, cols] of a compact state tensor, [numel]."""
+        return compact.as_strided(shape, (self.stride, 1), compact.storage_offset() + self.offset)
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """[shape[0], -1] as a view; vectors are [n, 1], scalars [1, 1]."""
+    if tensor.ndim == 2:
+        return tensor
+    rows = tensor.shape[0] if tensor.ndim else 1
+    return tensor.view(rows, tensor.numel() // max(rows, 1))
+
+
+class Hyper(NamedTuple):
+    """The numbers of one step of one parameter (or block), float64 on the host.
+
+    With t the step that is being taken, c = 1 - beta^t:
+    decay 1 - lr weight_decay, weight 1 - beta, root2 sqrt(c2), step_size lr / c1, sign -1 to
+    maximize.
+    """
+
+    decay: float
+    weight1: float
+    beta2: float
+    weight2: float
+    root2: float
+    eps: float
+    step_size: float
+    sign: float
+    step: float
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], step: float) -> Hyper:
+        """The numbers of step `step` (1, 2, ...), in the order in which torch computes them."""
+        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+        return cls(1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5,
+                   group["eps"], lr / (1 - beta1**step), -1.0 if group["maximize"] else 1.0, step)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One parameter of one step.
+
+    Attributes:
+        name: for errors.
+        param, grad: same shape; outside the blocks neither is read or written.
+        blocks: what trains; None: the whole parameter, and state of the parameter's shape.
+        exp_avg, exp_avg_sq, max_exp_avg_sq: the state; the last only with amsgrad.
+        low: what 16 bits of the parameter do not hold: int16 for "split", of the parameter's
+            dtype for "kahan", None otherwise.
+        master: None, "split", "kahan" or "stochastic"; only where the parameter has 16 bits.
+        hypers: one for all blocks, or one for each.
+        stream: which stream of random bits is this parameter's.
+    """
+
+    name: str
+    param: Tensor
+    grad: Tensor
+    blocks: tuple[Block, ...] | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    low: Tensor | None
+    master: str | None
+    hypers: tuple[Hyper, ...]
+    stream: int
+
+    def parts(self) -> list[tuple[Hyper, list[Block | None]]]:
+        """The blocks that share their numbers, None for the whole parameter."""
+        blocks = list(self.blocks) if self.blocks is not None else [None]
+        if len(self.hypers) == 1:
+            return [(self.hypers[0], blocks)]
+        return [(hyper, [block]) for hyper, block in zip(self.hypers, blocks, strict=True)]

@@ -1,0 +1,338 @@
+"""HeadAdamW: AdamW on the selected slices of a model's parameters, and on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .binding import BoundParam, BoundSelection
+from .ops.head_adamw import head_adamw_, head_grad_norm
+from .ops.updates import Block, Hyper, Update
+from .state import FORMAT, HALVES, MOMENTS, VERSION, Slot, check_description, checked_precision, read_state, regrown
+
+OURS = ("master", "moment_dtype")  # entries of a param group that torch.optim.AdamW does not have
+
+
+class HeadAdamW(torch.optim.Optimizer):
+    """AdamW that moves the selected attention heads and leaves every other byte alone.
+
+    The arguments of `torch.optim.AdamW` in torch's order; then, by keyword, those below.
+    `foreach` and `fused` are accepted and change nothing: there is one implementation per
+    device. `differentiable` is refused.
+
+    Args:
+        heads: what trains of `params` (`HeadSelection.bind(model)`). Parameters it does not
+            list never move and have no state, whatever their gradient; of those it lists in
+            part, only the selected slices move, have state, and have their gradient read.
+            None: every parameter trains, a plain AdamW.
+        master: how 16-bit parameters keep what 16 bits cannot. "split": an exact float32
+            master, its lower half in the state (2 bytes an element); "kahan": a compensation
+            in the parameter's dtype (2 bytes); "stochastic": stochastic rounding (0 bytes);
+            None: round to nearest, which loses most updates at fine-tuning learning rates.
+            Wider parameters need none of it. May differ between param groups.
+        moment_dtype: torch.float32, or torch.bfloat16 with stochastic rounding (to nearest,
+            `exp_avg_sq` would stall at beta2 = 0.999). float64 parameters keep float64.
+        max_grad_norm: clip the global l2 norm of the gradients, over the selected slices
+            alone, to this; `grad_norm` then holds the last norm before clipping.
+        seed: of stochastic rounding; let it be the same on every replica.
+
+    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` (amsgrad), and
+    `master_lo` or `kahan`. Its tensors have the parameter's shape where all of it trains, else
+    they are compact: 1-D, in the order of `BoundParam.cut`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as torch.optim.AdamW does for its own arguments;
+            ValueError for ours, and for parameters that cannot be trained here.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        heads: BoundSelection | None = None,
+        master: str | None = "split",
+        moment_dtype: torch.dtype = torch.float32,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        # torch itself says what is wrong with its arguments, and what their defaults are.
+        plain = torch.optim.AdamW([torch.zeros(1)], lr, betas, eps, weight_decay, amsgrad, maximize=maximize,
+                                  foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused)
+        if heads is not None and not isinstance(heads, BoundSelection):
+            raise TypeError(f"heads is a {type(heads).__name__}; expected what HeadSelection.bind(model) returns")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm!r}; expected a positive number or None")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
+        self.heads, self.max_grad_norm, self.seed = heads, max_grad_norm, seed
+        self.grad_norm: Tensor | None = None
+        super().__init__(params, {**plain.defaults, "master": master, "moment_dtype": moment_dtype})
+        self._slots: dict[Tensor, Slot] = self._make_slots(heads)
+
+    # -- what trains -------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does. With a selection, what it does not list stays frozen."""
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            if "_slots" in self.__dict__:  # else under construction, group by group
+                self._slots = {**self._make_slots(self.heads), **self._slots}
+        except (ValueError, TypeError):
+            del self.param_groups[before:]
+            raise
+
+    def set_heads(self, heads: BoundSelection | None) -> None:
+        """Train another selection from the next step on.
+
+        Elements of both selections keep their moments and step count. Elements that join start
+        with empty moments and a step count of their own, so that their bias correction is that
+        of a fresh AdamW. What leaves loses its state (with "split" and "kahan" also what 16
+        bits do not hold); its weights stay as they are.
+
+        Raises:
+            ValueError, TypeError: as the constructor; nothing has changed then.
+        """
+        if heads is not None and not isinstance(heads, BoundSelection):
+            raise TypeError(f"heads is a {type(heads).__name__}; expected what HeadSelection.bind(model) returns")
+        slots, states = self._make_slots(heads), {}
+        for param, state in self.state.items():
+            if state and param in slots:
+                slots[param], states[param] = regrown(self._slots[param], slots[param], state)
+        for param in [p for p in self.state if p not in states]:
+            del self.state[param]
+        self.state.update(states)
+        self.heads, self._slots = heads, slots
+
+    def _make_slots(self, heads: BoundSelection | None) -> dict[Tensor, Slot]:
+        chosen = None if heads is None else {id(part.param): part for part in heads.params}
+        slots: dict[Tensor, Slot] = {}
+        stream = 0
+        for index, group in enumerate(self.param_groups):
+            checked_precision(f"param group {index}", group)
+            if group["differentiable"]:
+                raise ValueError("HeadAdamW is not differentiable: its step writes in place; pass differentiable=False")
+            names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
+            for name, param in zip(names, group["params"], strict=True):
+                part = _whole(name, param) if chosen is None else chosen.pop(id(param), None)
+                if part is not None:
+                    _check_param(part)
+                    half = param.dtype in HALVES
+                    slots[param] = Slot(part, part.ranges, stream, group["master"] if half else None,
+                                        torch.float64 if param.dtype == torch.float64 else group["moment_dtype"])
+                stream += 1
+        if chosen:
+            lost = next(iter(chosen.values()))
+            raise ValueError(f"{lost.name} holds selected slices but is not among the optimizer's params"
+                             f" ({len(chosen)} such); pass model.parameters() of the model that was bound")
+        return slots
+
+    # -- the step ----------------------------------------------------------------------------
+
+    @torch._disable_dynamo  # under torch.compile the step runs as it is, after the compiled part
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient. Checks everything before the first write.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+            ValueError: a gradient or a state does not fit its parameter; it names it.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ready = [(group, self._slots[param]) for group in self.param_groups for param in group["params"]
+                 if param in self._slots and param.grad is not None]
+        for _, slot in ready:
+            _check_grad(slot)
+        found_inf = getattr(self, "found_inf", None)
+        if not ready or (found_inf is not None and float(found_inf) != 0):
+            return loss
+        fresh = {slot.param: slot.new_state(amsgrad=group["amsgrad"], device_step=group["capturable"])
+                 for group, slot in ready if not self.state.get(slot.param)}
+        states = [fresh.get(slot.param) or self.state[slot.param] for _, slot in ready]
+        for (group, slot), state in zip(ready, states, strict=True):
+            _check_state(slot, state, group["amsgrad"])
+        self.state.update(fresh)
+        updates = self._updates(ready, states)
+        head_adamw_(updates, control=self._control(updates), seed=self.seed)
+        torch._foreach_add_([state["step"] for state in states], 1)
+        return loss
+
+    def _updates(self, ready: list[tuple[dict, Slot]], states: list[dict[str, Tensor]]) -> list[Update]:
+        updates = []
+        for (group, slot), state in zip(ready, states, strict=True):
+            hypers = tuple(Hyper.of(group, step + 1) for step in state["step"].reshape(-1).tolist())
+            updates.append(Update(
+                slot.name, slot.param, slot.param.grad, None if slot.part.full and len(hypers) == 1 else _blocks(slot),
+                state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
+                state[slot.low_key] if slot.low_key else None, slot.master, hypers, slot.stream))
+        return updates
+
+    def _control(self, updates: list[Update]) -> Tensor | None:
+        """[2] float32: the factor of every gradient (unscaling times clipping), and 0: not skipped."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is None and self.max_grad_norm is None:
+            return None
+        device = updates[0].param.device
+        factor = torch.ones((), dtype=torch.float64, device=device)
+        if scale is not None:
+            factor = factor / torch.as_tensor(scale, device=device).double().reshape(())
+        if self.max_grad_norm is not None:
+            self.grad_norm = head_grad_norm(updates).to(device) * factor
+            factor = factor * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        return torch.stack([factor, torch.zeros_like(factor)]).float()
+
+    # -- files -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and under "alps" what trains, so that it is refused where it does not fit.
+
+        `torch.optim.AdamW` loads it where whole parameters train.
+        """
+        saved = super().state_dict()
+        index = self._indices()
+        saved["alps"] = {"format": FORMAT, "version": VERSION, "seed": self.seed,
+                         "params": {index[param]: slot.describe() for param, slot in self._slots.items()}}
+        return saved
+
+    def dense_state_dict(self) -> dict[str, Any]:
+        """A state dict for `torch.optim.AdamW` on the same params: zero moments where nothing trains.
+
+        Where elements of one parameter differ in age it has the step count of the oldest.
+        """
+        saved = super().state_dict()
+        slots = {index: self._slots[param] for param, index in self._indices().items() if param in self._slots}
+        state = {index: {key: value.max() if key == "step" else slots[index].spread(value)
+                         for key, value in entry.items() if key == "step" or key in MOMENTS}
+                 for index, entry in saved["state"].items()}
+        groups = [{key: value for key, value in group.items() if key not in OURS} for group in saved["param_groups"]]
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` of this class or of torch.optim.AdamW returned, in its dtypes.
+
+        A dense state of a partly selected parameter is cut. Nothing is changed where it fails.
+
+        Raises:
+            ValueError: it is of another selection, precision or model; the difference is named.
+        """
+        read: dict[str, Any] = {}
+
+        def take(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            read.update(self._read(saved))
+            return {**saved, "state": {}}  # torch would cast every tensor to the parameter's dtype
+
+        handle = self.register_load_state_dict_pre_hook(take)  # the last to run: it sees what others made
+        try:
+            self._incoming = read
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            del self._incoming
+
+    def _read(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The slots, states and seed of a state dict, checked."""
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        if sizes != [len(group["params"]) for group in self.param_groups]:
+            return {}  # torch says what is wrong
+        index = {param: (key, group) for ours, group in zip(self.param_groups, saved["param_groups"], strict=True)
+                 for param, key in zip(ours["params"], group["params"], strict=True)}
+        described = None
+        if "alps" in saved:
+            described = check_description(saved["alps"], {index[param][0]: slot for param, slot in self._slots.items()})
+        slots, states = dict(self._slots), {}
+        for param, slot in self._slots.items():
+            key, group = index[param]
+            if entry := saved["state"].get(key):
+                slots[param], states[param] = read_state(
+                    slot, entry, described and described[key], amsgrad=group.get("amsgrad", False),
+                    device_step=group.get("capturable", False))
+        return {"slots": slots, "states": states, "seed": saved.get("alps", {}).get("seed", self.seed)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        if incoming := self.__dict__.get("_incoming"):
+            self._slots, self.seed = incoming["slots"], incoming["seed"]
+            self.state.update(incoming["states"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "heads": self.heads, "max_grad_norm": self.max_grad_norm,
+                "seed": self.seed, "grad_norm": self.grad_norm, "_slots": self._slots}
+
+    def _indices(self) -> dict[Tensor, int]:
+        """Every parameter's number in a state dict: its position over all groups."""
+        return {param: i for i, param in enumerate(p for group in self.param_groups for p in group["params"])}
+
+
+def _whole(name: str, param: Tensor) -> BoundParam:
+    return BoundParam(name, param, 0, ((0, param.shape[0] if param.ndim else 1),))
+
+
+def _blocks(slot: Slot) -> tuple[Block, ...]:
+    """The rectangles of a slot, with their places in its state."""
+    part, at, blocks = slot.part, 0, []
+    other = part.param.numel() // max(part.extent, 1)
+    spans = iter(slot.spans)
+    for start, stop in part.ranges:
+        edge = start
+        while edge < stop:
+            low, edge = next(spans)
+            if part.dim == 0:
+                blocks.append(Block(0, low, edge, at + (low - start) * other, other))
+            else:  # the columns of a range lie side by side in its state
+                blocks.append(Block(1, low, edge, at + low - start, stop - start))
+        at += (stop - start) * other
+    return tuple(blocks)
+
+
+def _check_param(part: BoundParam) -> None:
+    if hasattr(part.param, "_local_tensor"):
+        raise ValueError(f"{part.name} is a DTensor: HeadAdamW does not train sharded parameters yet")
+    if not part.param.is_floating_point():
+        raise ValueError(f"{part.name} has dtype {part.param.dtype}; HeadAdamW trains real floating-point parameters")
+    if part.param.layout != torch.strided:
+        raise ValueError(f"{part.name} has layout {part.param.layout}; HeadAdamW trains dense parameters")
+
+
+def _check_grad(slot: Slot) -> None:
+    grad, param = slot.param.grad, slot.param
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"HeadAdamW does not support sparse gradients: that of {slot.name} is {grad.layout}")
+    if grad.shape != param.shape or grad.device != param.device or not grad.is_floating_point():
+        raise ValueError(f"{slot.name}: its gradient is {list(grad.shape)} {grad.dtype} on {grad.device}, expected"
+                         f" {list(param.shape)} floating point on {param.device}")
+
+
+def _check_state(slot: Slot, state: dict[str, Tensor], amsgrad: bool) -> None:
+    shape = slot.param.shape if slot.part.full else (slot.part.numel,)
+    for key in (*MOMENTS[:3 if amsgrad else 2], *([slot.low_key] if slot.low_key else [])):
+        value = state.get(key)
+        if value is None:
+            raise ValueError(f"{slot.name}: its state has no {key}; was amsgrad or master switched on after a step?")
+        if tuple(value.shape) != tuple(shape) or value.device != slot.param.device:
+            raise ValueError(f"{slot.name}: its {key} is {list(value.shape)} on {value.device}, expected"
+                             f" {list(shape)} on {slot.param.device}; was the model moved after the first step?")

@@ -1,0 +1,225 @@
+"""The optimizer's state of one parameter: its shape, its cut from dense state, its way through files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .binding import BoundParam, Ranges
+
+FORMAT, VERSION = "alps_kernels.head_adamw", 1
+MASTERS = (None, "split", "kahan", "stochastic")
+HALVES = (torch.bfloat16, torch.float16)
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+LOW = ("master_lo", "kahan")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What of one parameter trains, and how its state is kept.
+
+    Attributes:
+        part: the parameter and its ranges.
+        spans: the ranges, cut further where elements began to train at different steps.
+        stream: the parameter's position in the optimizer.
+        master: precision of a 16-bit parameter, None for others.
+        moment_dtype: of the stored moments.
+    """
+
+    part: BoundParam
+    spans: Ranges
+    stream: int
+    master: str | None
+    moment_dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return self.part.name
+
+    @property
+    def param(self) -> Tensor:
+        return self.part.param
+
+    @property
+    def low_key(self) -> str | None:
+        """The state entry that holds what 16 bits of the parameter do not."""
+        return {"split": "master_lo", "kahan": "kahan"}.get(self.master)
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """State before the first step: the parameter's shape where all of it trains, else compact."""
+        if self.part.full:
+            return torch.zeros_like(self.param, dtype=dtype, requires_grad=False)
+        return torch.zeros(self.part.numel, dtype=dtype, device=self.param.device)
+
+    def new_state(self, *, amsgrad: bool, device_step: bool) -> dict[str, Tensor]:
+        state = {"step": self.step_tensor([0.0], device_step)}
+        for key in MOMENTS[:3 if amsgrad else 2]:
+            state[key] = self.zeros(self.moment_dtype)
+        if self.low_key:
+            state[self.low_key] = self.zeros(self.low_dtype)
+        return state
+
+    @property
+    def low_dtype(self) -> torch.dtype:
+        return torch.int16 if self.master == "split" else self.param.dtype
+
+    def step_tensor(self, steps: list[float], on_device: bool) -> Tensor:
+        """float32, a scalar as torch keeps it; [n_spans] where spans differ in age."""
+        device = self.param.device if on_device else "cpu"
+        return torch.tensor(steps[0] if len(steps) == 1 else steps, dtype=torch.float32, device=device)
+
+    def cut(self, dense: Tensor) -> Tensor:
+        return dense.clone() if self.part.full else self.part.cut(dense)
+
+    def spread(self, stored: Tensor) -> Tensor:
+        """Dense, of the parameter's shape, zero where nothing trains."""
+        if self.part.full:
+            return stored.clone()
+        dense = torch.zeros(self.param.shape, dtype=stored.dtype, device=stored.device)
+        self.part.spread(stored, dense)
+        return dense
+
+    def describe(self) -> dict[str, Any]:
+        """What must agree for a state to be this slot's; plain data, for the state dict."""
+        return {"name": self.name, "shape": list(self.param.shape), "dim": self.part.dim,
+                "ranges": [list(r) for r in self.part.ranges], "spans": [list(s) for s in self.spans],
+                "master": self.master, "moment_dtype": str(self.moment_dtype).removeprefix("torch.")}
+
+
+def regrown(old: Slot, new: Slot, state: Mapping[str, Tensor]) -> tuple[Slot, dict[str, Tensor]]:
+    """The state of `old` carried to another selection of the same parameter.
+
+    Elements in both keep everything; elements that join start with empty moments and a step
+    count of their own, so that their bias correction is that of a fresh AdamW.
+
+    Raises:
+        ValueError: the parameter was cut along the other axis.
+    """
+    if old.part.dim != new.part.dim and not (old.part.full and len(old.spans) == 1):
+        raise ValueError(f"{old.name} was cut along dimension {old.part.dim} and is now cut along {new.part.dim}")
+    steps = state["step"].reshape(-1).tolist()
+    age = [0.0] * new.part.extent
+    if old.part.dim != new.part.dim:
+        age = steps * new.part.extent
+    else:
+        for index, (start, stop) in enumerate(old.spans):
+            age[start:stop] = [steps[index % len(steps)]] * (stop - start)
+    spans, ages = [], []
+    for start, stop in new.part.ranges:
+        edges = [start, *(i for i in range(start + 1, stop) if age[i] != age[i - 1]), stop]
+        spans += list(zip(edges[:-1], edges[1:], strict=True))
+        ages += [age[edge] for edge in edges[:-1]]
+    if len(set(ages)) == 1:
+        spans, ages = list(new.part.ranges), ages[:1]
+    slot = Slot(new.part, tuple(spans), new.stream, new.master, new.moment_dtype)
+    carried = {key: new.cut(old.spread(value)) for key, value in state.items() if key != "step"}
+    return slot, {"step": slot.step_tensor(ages, state["step"].device.type != "cpu"), **carried}
+
+
+def read_state(slot: Slot, saved: Mapping[str, Any], described: Mapping[str, Any] | None, *,
+               amsgrad: bool, device_step: bool) -> tuple[Slot, dict[str, Tensor]]:
+    """A saved state of one parameter, checked and brought to the slot's form.
+
+    Args:
+        described: the slot's description beside the saved state (`describe`, already found to
+            agree); None for a dense state, as torch.optim.AdamW saves it, which is cut.
+
+    Raises:
+        ValueError: an entry is missing or does not fit; it names the parameter and the entry.
+    """
+    if described is not None:
+        slot = Slot(slot.part, tuple((start, stop) for start, stop in described["spans"]), slot.stream,
+                    slot.master, slot.moment_dtype)
+    state = {"step": _read_step(slot, saved.get("step"), device_step)}
+    for key in (*MOMENTS[:3 if amsgrad else 2], *([slot.low_key] if slot.low_key else [])):
+        value = saved.get(key)
+        if value is None and key in LOW and described is None:
+            state[key] = slot.zeros(slot.low_dtype)
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{slot.name}: the saved state has no {key}")
+        dense = described is None or slot.part.full
+        shape = tuple(slot.param.shape) if dense else (slot.part.numel,)
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{slot.name}: the saved {key} has shape {list(value.shape)}, expected {list(shape)}"
+                             + ("" if dense else f" ({slot.part.numel} selected elements)"))
+        dtype = slot.low_dtype if key in LOW else slot.moment_dtype
+        if described is not None and value.dtype != dtype:
+            raise ValueError(f"{slot.name}: the saved {key} is {value.dtype}, expected {dtype}")
+        value = slot.cut(value) if dense and not slot.part.full else value.clone()
+        state[key] = value.to(device=slot.param.device, dtype=dtype)
+    return slot, state
+
+
+def _read_step(slot: Slot, saved: Any, device_step: bool) -> Tensor:
+    if not isinstance(saved, (int, float, Tensor)) or isinstance(saved, bool):
+        raise ValueError(f"{slot.name}: the saved state has no step")
+    steps = saved.reshape(-1).tolist() if isinstance(saved, Tensor) else [float(saved)]
+    if len(steps) not in (1, len(slot.spans)) or not all(s >= 0 and s == int(s) for s in steps if s == s) \
+            or any(s != s for s in steps):
+        raise ValueError(f"{slot.name}: the saved step is {saved}; expected a count, or {len(slot.spans)} of them")
+    return slot.step_tensor(steps, device_step)
+
+
+def check_description(described: Any, slots: Mapping[int, Slot]) -> dict[int, dict]:
+    """The descriptions of a saved state by parameter index, found to be those of `slots`.
+
+    Raises:
+        ValueError: it is no description of ours, or of another selection or precision; the
+            first differences are named.
+    """
+    if not isinstance(described, Mapping) or described.get("format") != FORMAT:
+        raise ValueError("the entry 'alps' of the state dict is not HeadAdamW's")
+    if described.get("version") != VERSION:
+        raise ValueError(f"the state dict has version {described.get('version')!r} of {FORMAT}; "
+                         f"this package reads version {VERSION}")
+    theirs = described.get("params")
+    if not isinstance(theirs, Mapping) or not all(isinstance(entry, Mapping) for entry in theirs.values()):
+        raise ValueError("the entry 'alps' of the state dict has no parameters")
+    differences = []
+    for index in sorted({*theirs, *slots}, key=str):
+        if index not in slots:
+            differences.append(f"{theirs[index].get('name')} trained there and does not train here")
+        elif index not in theirs:
+            differences.append(f"{slots[index].name} trains here and did not there")
+        else:
+            ours = slots[index].describe()
+            differences += [f"{ours['name']}: {key} {theirs[index].get(key)!r} there, {ours[key]!r} here"
+                            for key in ("shape", "dim", "ranges", "master", "moment_dtype")
+                            if theirs[index].get(key) != ours[key]]
+            if not _subdivide(theirs[index].get("spans"), ours["ranges"]):
+                differences.append(f"{ours['name']}: spans {theirs[index].get('spans')!r} do not cut its ranges")
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise ValueError("the saved state is of another selection or precision: " + "; ".join(differences[:3]) + more)
+    return dict(theirs)
+
+
+def _subdivide(spans: Any, ranges: list[list[int]]) -> bool:
+    """`spans` cover `ranges` exactly, in order."""
+    if not isinstance(spans, list) or not all(isinstance(s, (list, tuple)) and len(s) == 2 for s in spans):
+        return False
+    if not all(type(edge) is int for span in spans for edge in span) or any(a > b for a, b in spans):
+        return False
+    left = iter([span for span in spans if span[0] < span[1]])
+    for start, stop in ranges:
+        while start < stop:
+            span = next(left, None)
+            if span is None or span[0] != start or span[1] > stop:
+                return False
+            start = span[1]
+    return next(left, None) is None
+
+
+def checked_precision(name: str, group: Mapping[str, Any]) -> None:
+    """Raises ValueError where a group's `master` or `moment_dtype` is none that exists."""
+    if group["master"] not in MASTERS:
+        raise ValueError(f"{name}: master is {group['master']!r}; expected one of {MASTERS}")
+    if group["moment_dtype"] in ("8bit", torch.uint8, torch.int8):
+        raise ValueError(f"{name}: 8-bit moments are not implemented yet; take torch.bfloat16 or torch.float32")
+    if group["moment_dtype"] not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{name}: moment_dtype is {group['moment_dtype']!r}; expected torch.float32 or torch.bfloat16")
