@@ -37,30 +37,36 @@ def _scored(layers: Iterator[Iterator[tuple[Tensor, Tensor]]], metrics: Sequence
     for index, layer in enumerate(layers):
         seen = 0
         for base, delta in layer:
-            bad = ~(base.isfinite().all(1) & delta.isfinite().all(1))
-            if bad.any():
-                head = seen + int(bad.nonzero()[0])
+            low, high = delta.aminmax(dim=1)
+            largest = torch.maximum(-low, high)
+            # Where both sides are infinite alike the difference is NaN, so two checks see everything.
+            if not (sound := base.amax(1).isfinite() & largest.isfinite()).all():
+                head = seen + int((~sound).nonzero()[0])
                 raise ValueError(f"head {head} of layer {index} of those given has NaN or Inf weights")
             seen += len(base)
-            for name, value in score_rows(base, delta, metrics, tau).items():
+            for name, value in _score_rows(base, delta, metrics, tau, largest / tau).items():
                 found[name].append(value)
     return {name: torch.cat(values) if values else torch.empty(0, dtype=torch.float64) for name, values in found.items()}
 
 
 def _rows(segments: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """A layer's heads some at a time: their elements in the base and what the task added, [heads, n]."""
+    """A layer's heads some at a time: their elements in the base and what the task added, [heads, n].
+
+    The two tensors are overwritten by the next ones.
+    """
     heads = len(segments[0].index)
-    numel = sum(s.base[0].numel() for s in segments)
-    step = max(1, ELEMENTS // max(numel, 1))
+    sizes = [s.base[0].numel() for s in segments]
+    step = min(heads, max(1, ELEMENTS // sum(sizes)))
     # Differences of float32 numbers this close are exact; only float64 weights need float64.
     dtype = torch.promote_types(torch.float32, torch.promote_types(segments[0].base.dtype, segments[0].task.dtype))
+    base, task = (torch.empty(step, sum(sizes), dtype=dtype) for _ in range(2))
     for at in range(0, heads, step):
-        sides = []
-        for side in ("base", "task"):
-            blocks = [_take(getattr(s, side), s.index[at:at + step]).to(dtype).flatten(1) for s in segments]
-            sides.append(torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0])
-        base, task = sides
-        yield base, task - base
+        rows = min(step, heads - at)
+        for side, out in (("base", base), ("task", task)):
+            for segment, column in zip(segments, out[:rows].split(sizes, 1), strict=True):
+                blocks = _take(getattr(segment, side), segment.index[at:at + step])
+                column.unflatten(1, blocks.shape[1:]).copy_(blocks)
+        yield base[:rows], task[:rows].sub_(base[:rows])
 
 
 def _take(blocks: Tensor, index: Sequence[int]) -> Tensor:
@@ -90,13 +96,13 @@ def _projected(q: Any, k: Any, v: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield (q_base.mT @ m_base[group]).flatten(1), delta.flatten(1)  # [heads, d * d_v]
 
 
-def score_rows(base: Tensor, delta: Tensor, metrics: Sequence[str], tau: float) -> dict[str, Tensor]:
+def _score_rows(base: Tensor, delta: Tensor, metrics: Sequence[str], tau: float, largest: Tensor) -> dict[str, Tensor]:
     """Every metric between rows of weights and the same rows moved by `delta`.
 
     Args:
-        base, delta: finite, [heads, n], float32 or float64.
-        metrics: of `ops.head_delta.METRICS`.
+        base, delta: finite, [heads, n], float32 or float64; both are overwritten.
         tau: temperature of the softmax.
+        largest: max abs(delta) / tau of every row, [heads].
 
     Returns:
         float64 [heads] per metric.
@@ -104,13 +110,13 @@ def score_rows(base: Tensor, delta: Tensor, metrics: Sequence[str], tau: float) 
     scores: dict[str, Tensor] = {}
     if wanted := set(metrics) & {"euclidean", "relative", "cosine_weights"}:
         scores |= _of_weights(base.double(), delta.double(), wanted)
-    if wanted := set(metrics) - {"euclidean", "relative", "cosine_weights", "pad_values"}:
-        scores |= _of_probabilities(base, delta, wanted, tau)
     if "pad_values" in metrics:
         # Probabilities sort as weights do, so the sorted weights are a pair of heads like any other.
         lower = base.sort(1).values
-        sorted_delta = (base.double() + delta.double()).sort(1).values - lower.double()
-        scores |= _of_probabilities(lower, sorted_delta.to(base.dtype), {"pad_values"}, tau)
+        moved = (base.double() + delta.double()).sort(1).values - lower.double()
+        scores |= _of_probabilities(lower, moved.to(base.dtype), {"pad_values"}, tau, largest)
+    if wanted := set(metrics) - {"euclidean", "relative", "cosine_weights", "pad_values"}:
+        scores |= _of_probabilities(base, delta, wanted, tau, largest)
     return {name: scores[name] for name in metrics}
 
 
@@ -142,63 +148,75 @@ def _one_minus_cosine(a: Tensor, d: Tensor) -> Tensor:
     return torch.where((norm == 0) | (length == 0), zeros, exact)
 
 
-def _of_probabilities(base: Tensor, delta: Tensor, wanted: set[str], tau: float) -> dict[str, Tensor]:
-    x = delta if tau == 1 else delta / tau
-    largest = x.abs().amax(1)
-    if bool((largest > LARGE).any()):
-        far = largest > LARGE
-        scores = {name: torch.zeros(len(base), dtype=torch.float64) for name in wanted}
-        for rows, compute in ((far, _from_far), (~far, _from_near)):
-            if rows.any():
-                for name, value in compute(base[rows], x[rows], wanted, tau).items():
-                    scores[name][rows] = value
-        return scores
-    return _from_near(base, x, wanted, tau)
+def _of_probabilities(base: Tensor, delta: Tensor, wanted: set[str], tau: float, largest: Tensor) -> dict[str, Tensor]:
+    far = largest > LARGE
+    if not far.any():
+        return _from_near(base, delta, wanted, tau)
+    scores = {name: torch.zeros(len(base), dtype=torch.float64) for name in wanted}
+    for rows, compute in ((far, _from_far), (~far, _from_near)):
+        if rows.any():
+            for name, value in compute(base[rows], delta[rows], wanted, tau).items():
+                scores[name][rows] = value
+    return scores
 
 
-def _from_near(base: Tensor, x: Tensor, wanted: set[str], tau: float) -> dict[str, Tensor]:
-    """exp and expm1 in the weights' precision, whose rounding errors are independent; sums in float64."""
-    shifted = base - base.amax(1, keepdim=True)
-    e = (shifted if tau == 1 else shifted.div_(tau)).exp_()
-    u = x.expm1()
-    width = ELEMENTS if e.shape[1] > ELEMENTS else e.shape[1]
-    z_base = torch.zeros(len(e), 1, dtype=torch.float64)
-    moved = torch.zeros_like(z_base)
-    for e_block, u_block in zip(e.split(width, 1), u.split(width, 1), strict=True):
-        e_block = e_block.double()
-        z_base += e_block.sum(1, keepdim=True)
-        moved += e_block.mul_(u_block).sum(1, keepdim=True)
-    r = moved / z_base
-    z_task = z_base + moved
+def _from_near(base: Tensor, delta: Tensor, wanted: set[str], tau: float) -> dict[str, Tensor]:
+    """exp and expm1 in the weights' precision, whose rounding errors are independent; sums in float64.
+
+    `base` and `delta` are overwritten by e and u.
+    """
+    base.sub_(base.amax(1, keepdim=True))
+    if tau != 1:
+        base.div_(tau)
+        delta.div_(tau)
+    e, u, n = base.exp_(), delta.expm1_(), base.shape[1]
+    starts = range(0, n, ELEMENTS)
+    work = torch.empty(2, len(e), min(n, ELEMENTS), dtype=torch.float64)
+
+    def load(at: int) -> tuple[Tensor, Tensor]:
+        """e and e u of the columns from `at`, float64, in `work`."""
+        stop = min(at + ELEMENTS, n)
+        weight, moved = work[:, :, :stop - at]
+        weight.copy_(e[:, at:stop])
+        return weight, moved.copy_(u[:, at:stop]).mul_(weight)
+
+    z_base, shift, carry = torch.zeros(3, len(e), 1, dtype=torch.float64)
+    for at in starts:
+        weight, moved = load(at)
+        z_base += weight.sum(1, keepdim=True)
+        shift += moved.sum(1, keepdim=True)
+    r, z_task = shift / z_base, z_base + shift
     sums = {name: torch.zeros_like(z_base) for name in wanted}
-    carry = torch.zeros_like(z_base)
-    last = e.shape[1] - 1
-    for at in range(0, e.shape[1], width):
-        e_block = e[:, at:at + width].double()
-        d = u[:, at:at + width].double().sub_(r).mul_(e_block)  # (P_T - P_B) Z_T
-        if "pad_values" in wanted:
-            sums["pad_values"] += d.abs().sum(1, keepdim=True)
-        if wanted & {"kl", "js"}:
-            ratio = d.div(e_block).div_(1 + r).nan_to_num_(0.0)  # P_T / P_B - 1; an underflown e weighs nothing
-            for name, term in (("kl", _surprise), ("js", _half_surprise)):
-                if name in wanted:
-                    sums[name] += (e_block * term(ratio)).sum(1, keepdim=True)
+    for at in starts:
+        if len(starts) > 1:
+            weight, moved = load(at)
+        d = moved.addcmul_(weight, r, value=-1)  # (P_T - P_B) Z_T
+        _add_pointwise(sums, weight, d, r)
         if wanted & set(PADS):
             d[:, :1] += carry
-            d = d.cumsum_(1)
-            carry = d[:, -1:].clone()
+            carry = d.cumsum_(1)[:, -1:].clone()
             total = d.abs_().sum(1, keepdim=True)
-            if at + d.shape[1] > last:
+            if at == starts[-1]:
                 total -= d[:, -1:]  # the last CDF is 1 on both sides
             for name in wanted & set(PADS):
                 sums[name] += total
-    n = e.shape[1]
-    scale = {"pad": z_task * max(n - 1, 1), "pad_index": z_task, "pad_values": z_task * max(n, 1), "kl": z_base, "js": z_base}
+    scale = {"pad": z_task * max(n - 1, 1), "pad_index": z_task, "pad_values": z_task * n, "kl": z_base, "js": z_base}
     scores = {name: (sums[name] / scale[name]).squeeze(1) for name in wanted - {"cosine"}}
     if "cosine" in wanted:
         e = e.double()
         scores["cosine"] = _one_minus_cosine(e / z_base, u.double().sub_(r).mul_(e) / z_task)
     return scores
+
+
+def _add_pointwise(sums: dict[str, Tensor], weight: Tensor, d: Tensor, r: Tensor) -> None:
+    """Add to `sums` what needs no order: sums over elements of abs(d) and of P_B times a divergence."""
+    if "pad_values" in sums:
+        sums["pad_values"] += d.abs().sum(1, keepdim=True)
+    if sums.keys() & {"kl", "js"}:
+        ratio = d.div(weight).div_(1 + r).nan_to_num_(0.0)  # P_T / P_B - 1; an underflown weight counts nothing
+        for name, term in (("kl", _surprise), ("js", _half_surprise)):
+            if name in sums:
+                sums[name] += (weight * term(ratio)).sum(1, keepdim=True)
 
 
 def _surprise(d: Tensor) -> Tensor:
