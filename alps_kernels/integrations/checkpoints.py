@@ -117,7 +117,7 @@ class Checkpoint:
             return {name: known[_moved(name, fitting[0])] for name in params}
         # Named as it would be under the prefix that explains most of the others.
         best = max(counts, key=counts.__getitem__, default=("", ""))
-        best = best if counts.get(best) else ("", "")
+        best = best if 2 * counts.get(best, 0) > len(params) else ("", "")
         missing = [_moved(name, best) or name for name in params if _moved(name, best) not in known]
         quantised = getattr(self.model.config, "quantization_config", None)
         raise ValueError(f"{self.files.path} does not hold {missing[0]}"
@@ -197,8 +197,10 @@ def read_config(path: Path, given: Any, like: str | os.PathLike | None) -> Any:
         raise ValueError(f"{path} has no config.json, so its heads cannot be located; give config=")
     try:
         found = _typed(document)
-        if found is None and like is not None and (other := _config_document(Path(like))) and _same_sizes(document, other):
-            found = _typed({**document, **{key: other.get(key) for key in ("model_type", "architectures")}})
+        if found is None and like is not None and not (document.get("model_type") or document.get("architectures")):
+            other = _config_document(Path(like)) or {}
+            if _same_sizes(document, other):
+                found = _typed({**document, **{key: other.get(key) for key in ("model_type", "architectures")}})
     except Exception as error:  # configs check themselves, each in its own way
         raise ValueError(f"{path}: transformers refuses its config: {_said(error)}") from error
     if found is None:

@@ -146,7 +146,7 @@ def _held(source: _Safetensors | _Pickle, key: str) -> str:
 def _load_pickle(file: Path) -> dict[str, Tensor]:
     try:
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{file} cannot be read as a file of tensors (weights_only=True; pickles that run code are "
                          f"refused): {said[0]}") from error
