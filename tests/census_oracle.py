@@ -11,12 +11,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-CHANGED, SAME = 1e-4, 1e-5  # of the largest value that the output projection reads
+CHANGED, SAME = 2e-5, 5e-6  # of the largest value that the output projection reads
+# Modules that compute attention without heads of their own, and why.
+HEADLESS = {
+    "Inkling2BlockAttentionResidual": "one learned query over earlier blocks, no projections",
+    "Glm5NextTextHyperConnection": "weights of residual streams",
+    "DeepseekV4HyperConnection": "weights of residual streams",
+}
+# Where a value row moves all columns of its head, and why.
+ROWS_MIX = {"Florence2VisionChannelAttention": "attends between channels", "YosoSelfAttention": "normalises its output",
+            "NeoMMEAttention": "takes out the part of its output along its own value"}
+# What computes nothing on a CPU, and why.
+UNRUNNABLE = {"MraSelfAttention": "its kernels need CUDA"}
+# One head of these is several of the attention's heads, subtracted from one another.
+COMPOSED = {"DiffLlamaAttention": 2}
+# Parameters that let a value reach the other heads by design; zero while a layer is checked.
+SILENCED = {"DogeAttention": "A"}  # the mask that doge derives from all values
 ACROSS = ("q", "q_rope", "gate", "k", "v")
 
 
@@ -42,20 +58,19 @@ def _keep(value):
 class _Attends(torch.overrides.TorchFunctionMode):
     """Notes which module computes attention, and over how many heads."""
 
-    def __init__(self, stack: list[nn.Module], found: dict[nn.Module, int]):
+    def __init__(self, stack: list[nn.Module], found: dict[nn.Module, tuple]):
         super().__init__()
         self.stack, self.found = stack, found
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self.stack and name == "scaled_dot_product_attention":
-            query = args[0] if args else kwargs["query"]
-            self.found.setdefault(self.stack[-1], query.shape[-3] if query.ndim >= 4 else 0)
-        elif self.stack and name in ("softmax", "_softmax"):
-            scores = args[0] if args else kwargs.get("input")
-            if isinstance(scores, Tensor) and scores.ndim == 4:
-                self.found.setdefault(self.stack[-1], scores.shape[1])
+        operand = args[0] if args else kwargs.get("query", kwargs.get("input"))
+        if self.stack and isinstance(operand, Tensor):
+            if name == "scaled_dot_product_attention":
+                self.found.setdefault(self.stack[-1], (operand.shape[-3],) if operand.ndim >= 4 else ())
+            elif name in ("softmax", "_softmax") and operand.ndim == 4:
+                self.found.setdefault(self.stack[-1], tuple(operand.shape[1:3]))  # [batch, heads, tokens, keys] or heads third
         return func(*args, **kwargs)
 
 
@@ -64,23 +79,30 @@ class Recording:
 
     def __init__(self) -> None:
         self.calls: dict[nn.Module, Call] = {}
-        self.attends: dict[nn.Module, int] = {}
+        self.attends: dict[nn.Module, tuple] = {}
 
     def run(self, module: nn.Module, inputs: dict) -> None:
         """Call `module`, keeping the first call of every module below it."""
         stack: list[nn.Module] = []
+        entered: list[Call] = []
         calls: dict[nn.Module, Call] = {}
-        attends: dict[nn.Module, int] = {}
+        attends: dict[nn.Module, tuple] = {}
 
         def before(m: nn.Module, args: tuple, kwargs: dict) -> None:
             stack.append(m)
-            if m not in calls:
-                calls[m] = Call(_keep(args), _keep(kwargs))
+            entered.append(Call(_keep(args), _keep(kwargs)))
+
+        def after(m: nn.Module, *_) -> None:  # not called where the module raised
+            calls.setdefault(m, entered[-1])
+
+        def leave(*_) -> None:
+            stack.pop()
+            entered.pop()
 
         handles = []
         for m in module.modules():
-            handles += [m.register_forward_pre_hook(before, with_kwargs=True),
-                        m.register_forward_hook(lambda *_: stack.pop() and None, always_call=True)]
+            handles += [m.register_forward_pre_hook(before, with_kwargs=True), m.register_forward_hook(after),
+                        m.register_forward_hook(leave, always_call=True)]
         try:
             with torch.no_grad(), _Attends(stack, attends):
                 module(**inputs)
@@ -96,13 +118,16 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():
-            if not param.is_floating_point():
+            if not param.is_floating_point() or not param.numel():
                 continue
             noise = torch.randn(param.shape, generator=generator)
             if param.ndim >= 2:
                 param.copy_(noise / max(param[0].numel(), 1) ** 0.5)
             elif not param.any():
                 param.copy_(0.1 * noise)
+        for module in model.modules():
+            if silenced := SILENCED.get(type(module).__name__):
+                getattr(module, silenced).zero_()
 
 
 @contextlib.contextmanager
@@ -129,39 +154,81 @@ class Watch:
                 raise NotExercised("no module around it was called")
             prefix = prefix.rpartition(".")[0]
         self.scope = self.modules[prefix]
+        for module in self.scope.modules():
+            if why := UNRUNNABLE.get(type(module).__name__):
+                raise NotExercised(why)
         self.call = recording.calls[self.scope]
         self.owner = self.modules[output.rpartition(".")[0]]
         self.weight = self.params[output]
-        self.norms = True
-        for self.norms in (True, False):
+        for self.norms, self.how in itertools.product((True, False), (self._by_hook, self._by_use, self._by_identity)):
             with contextlib.suppress(Exception):
                 self.base = self.read()
-                break
-        else:
-            self.base = self.read()
+                return
+        self.norms = False
+        self._run()
+        raise NotExercised("nothing was seen to go through its output projection")
 
     def read(self) -> Tensor:
         """What the output parameter is multiplied with in its first use, [tokens, columns]."""
+        seen = self.how()
+        if isinstance(self.owner, (nn.Conv1d, nn.Conv2d)):
+            seen = seen.movedim(1, -1)
+        columns = max(self.weight.shape[0], self.weight[0].numel()) if seen.shape[-1] not in self._widths() else seen.shape[-1]
+        return seen.detach().reshape(-1, columns).clone()
+
+    def _widths(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight[0].numel()
+
+    def _run(self, *contexts):
+        torch.manual_seed(0)
+        with contextlib.ExitStack() as stack:
+            for context in (torch.no_grad(), _without_norms(self.scope, self.norms), *contexts):
+                stack.enter_context(context)
+            return self.scope(*_keep(self.call.args), **_keep(self.call.kwargs))
+
+    def _by_hook(self) -> Tensor:
+        """The input of the module that owns the output parameter."""
+        if self.owner is self.scope:
+            raise NotExercised("the parameter belongs to the attention module itself")
+        seen: list[Tensor] = []
+        hook = self.owner.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            self._run()
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def _by_use(self) -> Tensor:
+        """The other operand of the first operation that takes the output parameter."""
         seen: list[Tensor] = []
 
         class Uses(torch.overrides.TorchFunctionMode):
             def __torch_function__(_, func, types, args=(), kwargs=None):
                 flat = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
-                if any(a is self.weight for a in flat):
+                if any(a is self.weight for a in flat) and len(flat) < 4:
                     seen.extend(a for a in flat if a is not self.weight and a.ndim >= 2)
                 return func(*args, **(kwargs or {}))
 
-        hook = self.owner.register_forward_pre_hook(lambda _, args: seen.append(args[0]) if args else None)
-        direct = self.owner is self.scope or not any(p is self.weight for p in self.owner.parameters(recurse=False))
-        try:
-            torch.manual_seed(0)
-            with torch.no_grad(), _without_norms(self.scope, self.norms), Uses() if direct else contextlib.nullcontext():
-                self.scope(*_keep(self.call.args), **_keep(self.call.kwargs))
-        finally:
-            hook.remove()
-        if not seen:
-            raise NotExercised("its output projection was not used")
-        return seen[0].detach().reshape(-1, seen[0].shape[-1]).clone()
+        self._run(Uses())
+        return seen[0]
+
+    def _by_identity(self) -> Tensor:
+        """What the module returns while its (square) output parameter is the identity, its bias zero."""
+        if not isinstance(self.scope, nn.MultiheadAttention):
+            raise NotExercised("only nn.MultiheadAttention hides its output projection")
+        bias = getattr(self.owner, "bias", None)
+        saved = self.weight.detach().clone(), None if bias is None else bias.detach().clone()
+        with torch.no_grad():
+            self.weight.copy_(torch.eye(len(self.weight)))
+            if bias is not None:
+                bias.zero_()
+            try:
+                out = self._run()
+            finally:
+                self.weight.copy_(saved[0])
+                if bias is not None:
+                    bias.copy_(saved[1])
+        return out[0] if isinstance(out, tuple) else out
 
     def changed(self, perturb: Callable[[], None], restore: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """(columns that moved, columns that moved at all) after a perturbation."""
@@ -219,7 +286,8 @@ def check_layer(model: nn.Module, recording: Recording, layer, seed: int = 0) ->
             if message:
                 wrong.append(f"{layer.module} {title} {role[0]}{' bias' if role[1] else ''} "
                              f"{blocks[0].param}[{blocks[0].start}:{blocks[0].stop}]: {message}")
-        wrong += _check_rows(watch, params, layer.module, title, pieces, [columns[h] for h in heads], generator)
+        if type(watch.modules[layer.module]).__name__ not in ROWS_MIX:
+            wrong += _check_rows(watch, params, layer.module, title, pieces, [columns[h] for h in heads], generator)
     return wrong
 
 
@@ -234,7 +302,7 @@ def _check_block(watch: Watch, params: dict, blocks: list, expected: Tensor, gen
     """"" where perturbing the blocks moves the expected columns and no others."""
     views = [_block(params, p) for p in blocks]
     saved = [v.clone() for v in views]
-    noise = [torch.randn(v.shape, generator=generator) * v.std(unbiased=False).clamp_min(0.1) for v in views]
+    noise = [torch.randn(v.shape, generator=generator) * v.std(unbiased=False).clamp_min(0.1 if v.shape[1] > 1 else 1.0) for v in views]
     moved, touched = watch.changed(lambda: [v.add_(n) for v, n in zip(views, noise)],
                                    lambda: [v.copy_(s) for v, s in zip(views, saved)])
     # softmax does not see a constant added to every score: a key bias may move nothing.
@@ -249,6 +317,8 @@ def _check_block(watch: Watch, params: dict, blocks: list, expected: Tensor, gen
 def _check_rows(watch: Watch, params: dict, module: str, title: str, pieces, columns: list[Tensor], generator) -> list[str]:
     """Row i of a group's values must feed column i of each of its heads (first and last are tried)."""
     values = [(p, i) for p in pieces if p.role == "v" and not p.bias for i in range(p.size)]
+    if any(dataclasses.replace(p, role="k") in pieces for p, _ in values):
+        return []  # keys and values are one projection: a row moves the attention, and with it all columns
     if not values or any(len(c) != len(values) for c in columns):
         return []
     wrong = []
@@ -283,12 +353,15 @@ def check_coverage(model: nn.Module, layout) -> list[str]:
     params = dict(model.named_parameters(remove_duplicate=False))
     wrong, owned = [], {}
     for layer in layout.layers:
-        for unit in (*layer.heads, *layer.groups):
+        for unit, mates in [(h, ()) for h in layer.heads] + [
+                (g, {*g, *(p for h, of in zip(layer.heads, layer.group_of) if of == i for p in h)}) for i, g in enumerate(layer.groups)]:
             for p in unit:
                 if p.param not in params or tuple(layout.shapes[p.param]) != tuple(params[p.param].shape):
                     wrong.append(f"{p.param}: no such parameter, or another shape than the layout states")
                     continue
                 tensor = params[p.param]
+                if p.role in ("k", "v") and any(dataclasses.replace(p, role=role) in mates for role in ("q", "k") if role != p.role):
+                    continue  # one projection is both query and key, or both key and value
                 extent = tensor.shape[0] if p.dim == 0 else tensor[0].numel()
                 count = owned.setdefault((p.param, p.dim, p.role == "o"), torch.zeros(extent, dtype=torch.int))
                 count[p.start:p.stop] += 1
@@ -309,14 +382,19 @@ def missed(model: nn.Module, recording: Recording, layout) -> list[str]:
     names = {m: n for n, m in model.named_modules()}
     scopes = {layer.module: layer for layer in layout.layers}
     wrong = []
+    params = dict(model.named_parameters(remove_duplicate=False))
+    claimed = {id(params[name]) for name in layout.shapes if name in params}
     for module, heads in recording.attends.items():
         name = names.get(module)
-        if name is None:
+        if name is None or type(module).__name__ in HEADLESS:
             continue
+        heads = [n // COMPOSED.get(type(module).__name__, 1) for n in heads]
+        if any(id(p) in claimed for p in module.parameters()) and not any(name.startswith(s) for s in scopes):
+            continue  # tied to a layer that is in the layout
         layers = [layer for scope, layer in scopes.items() if name == scope or name.startswith(scope + ".")
                   or scope.startswith(name + ".")]
         if not layers:
             wrong.append(f"{name} ({type(module).__name__}) computes attention and is not in the layout")
-        elif heads and len(layers) == 1 and layers[0].n_heads != heads:
-            wrong.append(f"{name} attends with {heads} heads, the layout has {layers[0].n_heads}")
+        elif heads and len(layers) == 1 and layers[0].n_heads not in heads:
+            wrong.append(f"{name} attends with {heads[0]} heads, the layout has {layers[0].n_heads}")
     return wrong
