@@ -78,5 +78,5 @@ def _check(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], temperat
             if not (s.base.is_floating_point() and s.task.is_floating_point()) or s.base.device != s.task.device:
                 raise ValueError(f"layer {i}: base is {s.base.dtype} on {s.base.device}, task {s.task.dtype} on "
                                  f"{s.task.device}; expected floating point on one device")
-            if not all(0 <= k < len(s.base) for k in s.index):
-                raise ValueError(f"layer {i}: a head reads matrix {max(s.index)} of {len(s.base)}")
+            if outside := [k for k in s.index if not 0 <= k < len(s.base)]:
+                raise ValueError(f"layer {i}: a head reads matrix {outside[0]} of {len(s.base)}")

@@ -9,7 +9,10 @@ e = exp((b - max b) / tau) and u = expm1(x):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -46,7 +49,7 @@ def _scored(layers: Iterator[Iterator[tuple[Tensor, Tensor]]], metrics: Sequence
             seen += len(base)
             for name, value in _score_rows(base, delta, metrics, tau, largest / tau).items():
                 found[name].append(value)
-    return {name: torch.cat(values) if values else torch.empty(0, dtype=torch.float64) for name, values in found.items()}
+    return {name: torch.cat(values).cpu() if values else torch.empty(0, dtype=torch.float64) for name, values in found.items()}
 
 
 def _rows(segments: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -58,8 +61,8 @@ def _rows(segments: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     sizes = [s.base[0].numel() for s in segments]
     step = min(heads, max(1, ELEMENTS // sum(sizes)))
     # Differences of float32 numbers this close are exact; only float64 weights need float64.
-    dtype = torch.promote_types(torch.float32, torch.promote_types(segments[0].base.dtype, segments[0].task.dtype))
-    base, task = (torch.empty(step, sum(sizes), dtype=dtype) for _ in range(2))
+    dtype = reduce(torch.promote_types, (side.dtype for s in segments for side in (s.base, s.task)), torch.float32)
+    base, task = torch.empty(2, step, sum(sizes), dtype=dtype, device=segments[0].base.device)
     for at in range(0, heads, step):
         rows = min(step, heads - at)
         for side, out in (("base", base), ("task", task)):
@@ -81,19 +84,17 @@ def _projected(q: Any, k: Any, v: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
     M = k v^T, dM = dk v_T^T + k_B dv^T;  dW = dq^T M_T + q_B^T dM.
     """
-    pairs = sorted(set(zip(k.index, v.index, strict=True)))
-    where = {pair: i for i, pair in enumerate(pairs)}
-    k_base, k_task = (_take(side, [p[0] for p in pairs]).double() for side in (k.base, k.task))
-    v_base, v_task = (_take(side, [p[1] for p in pairs]).double() for side in (v.base, v.task))
-    m_base = k_base @ v_base.mT  # [groups, d_k, d_v]
-    m_task = k_task @ v_task.mT
-    m_delta = (k_task - k_base) @ v_task.mT + k_base @ (v_task - v_base).mT
-    step = max(1, ELEMENTS // max(q.base.shape[2] * v.base.shape[1], 1))
-    for at in range(0, len(q.index), step):
-        group = [where[pair] for pair in zip(k.index[at:at + step], v.index[at:at + step], strict=True)]
-        q_base, q_task = (_take(side, q.index[at:at + step]).double() for side in (q.base, q.task))
-        delta = (q_task - q_base).mT @ m_task[group] + q_base.mT @ m_delta[group]
-        yield (q_base.mT @ m_base[group]).flatten(1), delta.flatten(1)  # [heads, d * d_v]
+    step = max(1, ELEMENTS // (q.base.shape[2] * v.base.shape[1]))
+    for (at_k, at_v), heads in groupby(range(len(q.index)), key=lambda h: (k.index[h], v.index[h])):
+        k_base, k_task, v_base, v_task = (side.double() for side in (k.base[at_k], k.task[at_k], v.base[at_v], v.task[at_v]))
+        m_base, m_task = k_base @ v_base.mT, k_task @ v_task.mT  # [d_k, d_v]
+        m_delta = (k_task - k_base) @ v_task.mT + k_base @ (v_task - v_base).mT
+        heads = list(heads)
+        for at in range(0, len(heads), step):
+            index = [q.index[h] for h in heads[at:at + step]]
+            q_base, q_task = (_take(side, index).double().mT for side in (q.base, q.task))  # [heads, d, d_k]
+            delta = (q_task - q_base) @ m_task + q_base @ m_delta
+            yield (q_base @ m_base).flatten(1), delta.flatten(1)  # [heads, d * d_v]
 
 
 def _score_rows(base: Tensor, delta: Tensor, metrics: Sequence[str], tau: float, largest: Tensor) -> dict[str, Tensor]:
@@ -152,7 +153,7 @@ def _of_probabilities(base: Tensor, delta: Tensor, wanted: set[str], tau: float,
     far = largest > LARGE
     if not far.any():
         return _from_near(base, delta, wanted, tau)
-    scores = {name: torch.zeros(len(base), dtype=torch.float64) for name in wanted}
+    scores = {name: torch.zeros_like(largest, dtype=torch.float64) for name in wanted}
     for rows, compute in ((far, _from_far), (~far, _from_near)):
         if rows.any():
             for name, value in compute(base[rows], delta[rows], wanted, tau).items():
@@ -171,7 +172,7 @@ def _from_near(base: Tensor, delta: Tensor, wanted: set[str], tau: float) -> dic
         delta.div_(tau)
     e, u, n = base.exp_(), delta.expm1_(), base.shape[1]
     starts = range(0, n, ELEMENTS)
-    work = torch.empty(2, len(e), min(n, ELEMENTS), dtype=torch.float64)
+    work = torch.empty(2, len(e), min(n, ELEMENTS), dtype=torch.float64, device=e.device)
 
     def load(at: int) -> tuple[Tensor, Tensor]:
         """e and e u of the columns from `at`, float64, in `work`."""
@@ -180,7 +181,7 @@ def _from_near(base: Tensor, delta: Tensor, wanted: set[str], tau: float) -> dic
         weight.copy_(e[:, at:stop])
         return weight, moved.copy_(u[:, at:stop]).mul_(weight)
 
-    z_base, shift, carry = torch.zeros(3, len(e), 1, dtype=torch.float64)
+    z_base, shift, carry = torch.zeros(3, len(e), 1, dtype=torch.float64, device=e.device)
     for at in starts:
         weight, moved = load(at)
         z_base += weight.sum(1, keepdim=True)
@@ -233,18 +234,24 @@ def _half_surprise(d: Tensor) -> Tensor:
     return 0.5 * _surprise(d) - _surprise(0.5 * d)
 
 
-def _from_far(base: Tensor, x: Tensor, wanted: set[str], tau: float) -> dict[str, Tensor]:
-    """Heads so far apart that their float64 probabilities can be subtracted."""
-    log_base = torch.log_softmax(base.double() / tau, 1)
-    log_task = torch.log_softmax(base.double() / tau + x.double(), 1)
-    p, q = log_base.exp(), log_task.exp()
-    d = q - p
+def _from_far(base: Tensor, delta: Tensor, wanted: set[str], tau: float) -> dict[str, Tensor]:
+    """Heads with a weight far from its base, in float64: log(P_T / P_B) = x - log(Z_T / Z_B), element by element."""
+    logit, x = base.double() / tau, delta.double() / tau
+    z_base, z_task = logit.logsumexp(1, keepdim=True), (logit + x).logsumexp(1, keepdim=True)
+    log_ratio = x - (z_task - z_base)
+    p, q = (logit - z_base).exp(), (logit + x - z_task).exp()
+    near = log_ratio.abs() <= 1
+    ratio = torch.where(near, log_ratio, 0.0).expm1()
+    d = torch.where(near, p * ratio, q - p)
     steps = d.cumsum(1)[:, :-1].abs().sum(1)
-    log_mean = torch.logaddexp(log_base, log_task) - torch.log(torch.tensor(2.0, dtype=torch.float64))
     n = d.shape[1]
-    scores = {
-        "pad": steps / max(n - 1, 1), "pad_index": steps, "pad_values": d.abs().sum(1) / n,
-        "kl": (q * (log_task - log_base)).sum(1), "cosine": _one_minus_cosine(p, d),
-        "js": 0.5 * (p * (log_base - log_mean) + q * (log_task - log_mean)).sum(1),
-    }
+    scores = {"pad": steps / max(n - 1, 1), "pad_index": steps, "pad_values": d.abs().sum(1) / n}
+    if "kl" in wanted:
+        scores["kl"] = torch.where(near, p * _surprise(ratio), q * log_ratio - d).sum(1)
+    if "js" in wanted:
+        to_mean = torch.logaddexp(torch.zeros_like(log_ratio), log_ratio) - math.log(2)  # log of mean / P_B
+        direct = 0.5 * (q * (log_ratio - to_mean) - p * to_mean)
+        scores["js"] = torch.where(near, p * _half_surprise(ratio), direct).sum(1)
+    if "cosine" in wanted:
+        scores["cosine"] = _one_minus_cosine(p, d)
     return {name: scores[name] for name in wanted}

@@ -1,0 +1,99 @@
+"""The arrows of the house: who may import whom, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A room and the rooms it may know, beyond itself. Rooms are modules of alps_kernels, packages
+# taken whole, and csrc_triton. "selecting" rooms know torch and nothing of kernels.
+LAYOUT = {"layout", "locate", "fused", "places", "projections", "verify"}
+ALLOWED = {
+    "csrc_triton": set(),
+    "ops": {"csrc_triton"},
+    "files": set(),
+    **{name: LAYOUT for name in LAYOUT},
+    "binding": LAYOUT | {"selection"},
+    "selection": LAYOUT | {"binding", "files"},
+    "optimizer": {"ops", "binding", "state"},
+    "state": {"binding", "ops"},
+    "heatmap": {"selection"},
+    "scores": {"files", "selection", "layout", "heatmap"},
+    "weights": LAYOUT | {"integrations"},  # a path is opened by integrations.checkpoints, on demand
+    "representation": {"layout", "ops"},
+    "scoring": {"ops", "layout", "scores", "weights", "representation"},
+    "integrations": LAYOUT | {"weights", "files", "scoring", "optimizer", "selection", "binding"},
+    "demo": {"binding", "files", "optimizer", "scoring", "selection"},
+    "cli": {"demo", "scoring", "selection", "scores"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+# What each room may import from outside; None: anything installed.
+OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton", "einops"},
+           **{name: {"torch", "transformers"} for name in LAYOUT}, "binding": {"torch"}, "selection": {"torch"},
+           "files": set(), "optimizer": {"torch"}, "state": {"torch"}, "__init__": set()}
+STANDARD = __import__("sys").stdlib_module_names
+
+
+def sources():
+    for path in sorted((ROOT / "alps_kernels").rglob("*.py")):
+        parts = path.relative_to(ROOT / "alps_kernels").with_suffix("").parts
+        yield path, parts[0]
+    for path in sorted((ROOT / "csrc_triton").rglob("*.py")):
+        yield path, "csrc_triton"
+
+
+def imports(path):
+    """(module, names, is at the top of the file) of every import, absolute names."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    typing_only = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If)
+                   and ast.unparse(node.test) == "TYPE_CHECKING" for n in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, [], id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module, [alias.name for alias in node.names], id(node) in top and id(node) not in typing_only
+
+
+def rooms_of(module, names):
+    """The rooms of our own that an import reaches."""
+    head, *rest = module.split(".")
+    if head == "csrc_triton":
+        return {"csrc_triton"}
+    if head != "alps_kernels":
+        return set()
+    return {rest[0]} if rest else {n for n in names if not n.startswith("__version")}
+
+
+@pytest.mark.parametrize("path, room", [pytest.param(p, r, id=str(p.relative_to(ROOT))) for p, r in sources()])
+def test_a_room_imports_only_what_its_arrows_allow(path, room):
+    assert room in ALLOWED, f"{room} is a new room: give it its arrows here"
+    for module, names, top in imports(path):
+        ours = rooms_of(module, names)
+        assert ours <= ALLOWED[room] | {room}, f"{path.name} imports {module} {names}"
+        head = module.split(".")[0]
+        if ours or head in ("alps_kernels", "csrc_triton") or head in STANDARD or head == "__future__":
+            continue
+        assert OUTSIDE.get(room) is None or head in OUTSIDE[room], f"{path.name} imports {module}"
+        if room in LAYOUT and head == "transformers":
+            assert not top, f"{path.name} imports transformers when it is itself imported"
+
+
+def test_the_table_has_no_room_that_is_gone():
+    existing = {room for _, room in sources()}
+    planned = {"state"}
+    assert set(ALLOWED) - existing <= planned | {"optimizer"}
+
+
+def test_only_ops_launches_kernels():
+    for path, room in sources():
+        for module, _, _ in imports(path):
+            if module.split(".")[0] in ("csrc_triton", "triton") and room not in ("ops", "csrc_triton"):
+                pytest.fail(f"{path.relative_to(ROOT)} imports {module}")
