@@ -46,8 +46,14 @@ def join(*parts: Units) -> Units:
     return tuple(sum(unit, ()) for unit in zip(*parts, strict=True))
 
 
-def separate(q: Projection, keys: Sequence[Projection], values: Sequence[Projection], out: Projection | None,
-             sizes: Sizes, wide: int) -> Owned:
+def separate(
+    q: Projection,
+    keys: Sequence[Projection],
+    values: Sequence[Projection],
+    out: Projection | None,
+    sizes: Sizes,
+    wide: int,
+) -> Owned:
     """Heads of separate projections.
 
     A query twice as wide interleaves [query, gate] per head. There is one key and one value
@@ -57,14 +63,18 @@ def separate(q: Projection, keys: Sequence[Projection], values: Sequence[Project
     heads = blocks(q, "q", sizes.heads, sizes.qk, step=wide * sizes.qk)
     if wide == 2:
         heads = join(heads, blocks(q, "gate", sizes.heads, sizes.qk, first=sizes.qk, step=2 * sizes.qk))
-    groups = join(*(blocks(k, "k", sizes.groups, sizes.qk) for k in keys),
-                  *(blocks(v, "v", sizes.groups, sizes.v) for v in values))
+    groups = join(
+        *(blocks(k, "k", sizes.groups, sizes.qk) for k in keys),
+        *(blocks(v, "v", sizes.groups, sizes.v) for v in values),
+    )
     return Owned(join(heads, output_columns(out, sizes)), groups, sizes.group_of())
 
 
 def queries_only(q: Projection, out: Projection | None, sizes: Sizes) -> Owned:
     """Heads of a layer that attends to another layer's keys and values."""
-    return Owned(join(blocks(q, "q", sizes.heads, sizes.qk), output_columns(out, sizes)), (), sizes.group_of())
+    return Owned(
+        join(blocks(q, "q", sizes.heads, sizes.qk), output_columns(out, sizes)), (), sizes.group_of()
+    )
 
 
 def fused_order(core: nn.Module, name: str) -> str:
@@ -84,7 +94,9 @@ def fused_order(core: nn.Module, name: str) -> str:
     return "heads" if name.rpartition(".")[2] in ("query_key_value", "in_proj") else "blocks"
 
 
-def split_fused(module: str, core: nn.Module, fused: Projection, out: Projection | None, facts: Facts) -> Owned:
+def split_fused(
+    module: str, core: nn.Module, fused: Projection, out: Projection | None, facts: Facts
+) -> Owned:
     """Heads of one tensor that holds q, k and v.
 
     Raises:
@@ -105,13 +117,15 @@ def split_fused(module: str, core: nn.Module, fused: Projection, out: Projection
         local = n // 4  # heads per block; a block is its heads' q, then v, then k
         q = [(h // local * 3 * local + h % local) * d for h in range(n)]
         v, k = [x + local * d for x in q], [x + 2 * local * d for x in q]
-    heads, keys, values = (tuple(fused.rows(role, x, x + d) for x in starts)
-                           for role, starts in (("q", q), ("k", k), ("v", v)))
+    heads, keys, values = (
+        tuple(fused.rows(role, x, x + d) for x in starts) for role, starts in (("q", q), ("k", k), ("v", v))
+    )
     return Owned(join(heads, output_columns(out, sizes)), join(keys, values), sizes.group_of())
 
 
-def _fused_sizes(module: str, core: nn.Module, fused: Projection, out: Projection | None, facts: Facts,
-                 order: str) -> Sizes:
+def _fused_sizes(
+    module: str, core: nn.Module, fused: Projection, out: Projection | None, facts: Facts, order: str
+) -> Sizes:
     # Attention from channels to channels calls its heads groups.
     names = ("groups",) if "channelattention" in type(core).__name__.lower() else HEADS
     heads, rows = facts.get(names), fused.n_out
@@ -122,19 +136,27 @@ def _fused_sizes(module: str, core: nn.Module, fused: Projection, out: Projectio
     groups, rest = divmod(rows - heads * head_dim, 2 * head_dim) if head_dim else (0, 1)
     fits = heads * head_dim == width and not rest and groups and heads % groups == 0
     if not fits or (order in ("heads", "codegen") and groups != heads) or (order == "codegen" and heads % 4):
-        raise LayoutError(f"{module}: {rows} fused features do not divide into q, k and v of {heads} heads of size "
-                          f"{head_dim} ({width} features enter the output projection)")
+        raise LayoutError(
+            f"{module}: {rows} fused features do not divide into q, k and v of {heads} heads of size "
+            f"{head_dim} ({width} features enter the output projection)"
+        )
     return Sizes(heads, groups, head_dim, head_dim)
 
 
 def split_pair(q: Projection, kv: Projection, out: Projection | None, sizes: Sizes) -> Owned:
     """Heads of a query projection and one tensor that holds all keys, then all values."""
-    groups = join(blocks(kv, "k", sizes.groups, sizes.qk),
-                  blocks(kv, "v", sizes.groups, sizes.v, first=sizes.groups * sizes.qk))
-    return Owned(join(blocks(q, "q", sizes.heads, sizes.qk), output_columns(out, sizes)), groups, sizes.group_of())
+    groups = join(
+        blocks(kv, "k", sizes.groups, sizes.qk),
+        blocks(kv, "v", sizes.groups, sizes.v, first=sizes.groups * sizes.qk),
+    )
+    return Owned(
+        join(blocks(q, "q", sizes.heads, sizes.qk), output_columns(out, sizes)), groups, sizes.group_of()
+    )
 
 
-def split_latent(module: str, q: Projection, gated: bool, kv_b: Projection, out: Projection, facts: Facts) -> Owned:
+def split_latent(
+    module: str, q: Projection, gated: bool, kv_b: Projection, out: Projection, facts: Facts
+) -> Owned:
     """Heads of multi-head latent attention.
 
     Rows of the query projection per head: [nope, rope], and an output gate where it is `gated`;
@@ -146,16 +168,23 @@ def split_latent(module: str, q: Projection, gated: bool, kv_b: Projection, out:
     n, nope, v = (facts.get(names) for names in (HEADS, ("qk_nope_head_dim",), ("v_head_dim",)))
     rope = facts.get(("qk_rope_head_dim",), least=0) or 0
     if not (n and nope and v) or (q.n_out, kv_b.n_out, out.n_in) != (
-            n * (nope + rope + v * gated), n * (nope + v), n * v):
-        raise LayoutError(f"{module}: latent attention of {q.n_out} query, {kv_b.n_out} key/value and {out.n_in} output "
-                          f"features does not divide into {n} heads of {nope} + {rope} and {v}")
+        n * (nope + rope + v * gated),
+        n * (nope + v),
+        n * v,
+    ):
+        raise LayoutError(
+            f"{module}: latent attention of {q.n_out} query, {kv_b.n_out} key/value and {out.n_in} output "
+            f"features does not divide into {n} heads of {nope} + {rope} and {v}"
+        )
     step = nope + rope + v * gated
     heads = blocks(q, "q", n, nope, step=step)
     if rope:
         heads = join(heads, blocks(q, "q_rope", n, rope, first=nope, step=step))
     if gated:
         heads = join(heads, blocks(q, "gate", n, v, first=nope + rope, step=step))
-    groups = join(blocks(kv_b, "k", n, nope, step=nope + v), blocks(kv_b, "v", n, v, first=nope, step=nope + v))
+    groups = join(
+        blocks(kv_b, "k", n, nope, step=nope + v), blocks(kv_b, "v", n, v, first=nope, step=nope + v)
+    )
     return Owned(join(heads, output_columns(out, Sizes(n, n, nope, v))), groups, tuple(range(n)))
 
 
@@ -166,8 +195,10 @@ def pair_up(owned: Owned) -> Owned:
     smallest unit that owns columns of the output projection: those of heads 2i and 2i + 1 here.
     """
     n, g = len(owned.heads) // 2, len(owned.groups) // 2
-    queries, columns = ([tuple(part for part in unit if (part.role == "o") == is_o) for unit in owned.heads]
-                        for is_o in (False, True))
+    queries, columns = (
+        [tuple(part for part in unit if (part.role == "o") == is_o) for unit in owned.heads]
+        for is_o in (False, True)
+    )
     pairs = tuple((replace(a, stop=b.stop),) for (a,), (b,) in zip(columns[::2], columns[1::2], strict=True))
     heads = join(queries[:n], queries[n:], pairs)
     return Owned(heads, join(owned.groups[:g], owned.groups[g:]), owned.group_of[:n])

@@ -7,14 +7,17 @@ refuses where anything is left open. No model class is imported.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
 from .fused import Owned, join, pair_up, queries_only, separate, split_fused, split_latent, split_pair
 from .layout import AttentionLayer, HeadLayout, HeadSlice, LayoutError
+from .outputs import find_output
 from .places import kind_of, towers_of
-from .projections import Projection, bare, find_projections, output_rank, projection, role_of, unwrap
+from .projections import Projection, bare, find_projections, projection
+from .recognise import attention_like, is_attention, not_heads
 from .sizes import Facts, read, solve
 
 
@@ -41,15 +44,27 @@ def find_heads(model: nn.Module) -> HeadLayout:
         first, *more = walk.problems
         raise LayoutError(first + (f" (and {len(more)} more modules)" if more else ""))
     if not found:
-        raise LayoutError(f"{walk.model_type}: no module of this model holds attention heads (query, key and value "
-                          "projections); state-space models and other recurrences have none")
+        raise LayoutError(
+            f"{walk.model_type}: no module of this model holds attention heads (query, key and value "
+            "projections); state-space models and other recurrences have none"
+        )
     towers = towers_of([located.name for located in found])
     layers: list[AttentionLayer] = []
     for index, (at, tower) in enumerate(zip(found, towers, strict=True)):
         kind = kind_of(at.name, walk.modules[at.name], walk.parent(at.name))
-        layers.append(AttentionLayer(
-            index, at.name, kind, tower, at.owned.heads, at.owned.groups, at.owned.group_of,
-            at.out.module if at.out is not None and at.out.module != at.name else None, None if at.reused is None else found.index(at.reused)))
+        layers.append(
+            AttentionLayer(
+                index,
+                at.name,
+                kind,
+                tower,
+                at.owned.heads,
+                at.owned.groups,
+                at.owned.group_of,
+                at.out.module if at.out.module != at.name else None,
+                None if at.reused is None else found.index(at.reused),
+            )
+        )
     held = {part.param for layer in layers for unit in (*layer.heads, *layer.groups) for part in unit}
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters() if name in held}
     return HeadLayout(tuple(layers), shapes, walk.model_type)
@@ -61,7 +76,7 @@ class _Located:
 
     name: str
     owned: Owned
-    out: Projection | None
+    out: Projection
     reused: _Located | None = None
 
 
@@ -85,12 +100,12 @@ class _Walk:
         """Locate in every module; what looks like attention and was not located is a problem."""
         leftover = []
         for name, module in self.modules.items():
-            if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or _not_heads(module):
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or not_heads(module):
                 continue
             roles = find_projections(module, name)
             packed = bare(module, name, self.names)
-            if not packed and not _is_attention(module, roles):
-                if roles.keys() - {"o", "in"} and _attention_like(type(module).__name__):
+            if not packed and not is_attention(module, roles):
+                if roles.keys() - {"o", "in"} and attention_like(type(module).__name__):
                     leftover.append((name, module, roles))
                 continue
             try:
@@ -99,8 +114,10 @@ class _Walk:
                 self.problems.append(str(error))
         for name, module, roles in leftover:
             if not any(_nested(name, at.name) or _nested(at.name, name) for at in self.found):
-                self.problems.append(f"{name} ({type(module).__name__}): it has projections {_named(roles)}, which are "
-                                     "not a known set of query, key, value and output")
+                self.problems.append(
+                    f"{name} ({type(module).__name__}): it has projections {_named(roles)}, which are "
+                    "not a known set of query, key, value and output"
+                )
         return self.found
 
     def _keep(self, name: str, module: nn.Module, located: _Located) -> None:
@@ -110,8 +127,10 @@ class _Walk:
         if weights <= self.taken:
             return
         if shared := weights & self.taken:
-            raise LayoutError(f"{name} ({type(module).__name__}): shares {sorted(shared)} but not all of its projections "
-                              "with another attention module")
+            raise LayoutError(
+                f"{name} ({type(module).__name__}): shares {sorted(shared)} but not all of its projections "
+                "with another attention module"
+            )
         self.taken |= weights
         self.found.append(located)
 
@@ -122,18 +141,20 @@ class _Walk:
             LayoutError: its projections are not a known set, or their sizes do not fit.
         """
         facts = Facts([module, self.parent(name), read(module, "config"), self.config])
-        get = {role: packed.get(role) or self._one(roles, role) for role in
-               ("q", "q_gate", "qk", "k", "v", "qkv", "kv", "kv_b", "in")}
+        get = {
+            role: packed.get(role) or self._one(roles, role)
+            for role in ("q", "q_gate", "qk", "k", "v", "qkv", "kv", "kv_b", "in")
+        }
         keys, values = (self._several(roles, r, packed) for r in ("k", "v"))
         q = get["q"] or get["qk"] or get["q_gate"]
         if "o_a" in roles:
-            raise LayoutError(f"{name} ({type(module).__name__}): {roles['o_a'][0][0]} is a grouped low-rank output "
-                              "projection, in which heads of different groups share their columns")
+            raise LayoutError(
+                f"{name} ({type(module).__name__}): {roles['o_a'][0][0]} is a grouped low-rank output "
+                "projection, in which heads of different groups share their columns"
+            )
         pair = get["kv"] or (get["qkv"] if q is not None else None)
         if get["kv_b"] is not None and q is not None:
             out = self._output(name, module, packed, lambda o: True)
-            if out is None:
-                raise LayoutError(f"{name}: no output projection beside its latent key/value projection")
             return _Located(name, split_latent(name, q, q is get["q_gate"], get["kv_b"], out, facts), out)
         if q is not None and (keys or get["qk"] is not None) or (q is not None and pair is not None):
             keys = keys or ([get["qk"]] if get["qk"] is not None else [])
@@ -142,15 +163,30 @@ class _Walk:
             return self._reusing(name, module, packed, facts, q)
         fused = get["qkv"] or get["in"]
         if fused is None:
-            raise LayoutError(f"{name} ({type(module).__name__}): its projections {_named(roles)} are not a known set of "
-                              "query, key and value")
+            raise LayoutError(
+                f"{name} ({type(module).__name__}): its projections {_named(roles)} are not a known set of "
+                "query, key and value"
+            )
         out = self._output(name, module, packed, lambda o: o.n_in < fused.n_out)
         return _Located(name, self._biased(module, split_fused(name, module, fused, out, facts)), out)
 
-    def _separate(self, name: str, module: nn.Module, packed: dict, facts: Facts, q: Projection,
-                  keys: list[Projection], values: list[Projection], pair: Projection | None) -> _Located:
+    def _separate(
+        self,
+        name: str,
+        module: nn.Module,
+        packed: dict,
+        facts: Facts,
+        q: Projection,
+        keys: list[Projection],
+        values: list[Projection],
+        pair: Projection | None,
+    ) -> _Located:
         """Separate query, and keys and values apart or packed in one tensor."""
-        if type(module).__name__.endswith("AttnBlock") and facts.sources[0] is module and not _states_heads(module):
+        if (
+            type(module).__name__.endswith("AttnBlock")
+            and facts.sources[0] is module
+            and not _states_heads(module)
+        ):
             facts = Facts([_SingleHead()])  # image tokenizers attend with one head and never say so
         half = pair.n_out // 2 if pair is not None else 0
         k, v = (half, half) if pair is not None else (keys[0].n_out, values[0].n_out)
@@ -164,7 +200,7 @@ class _Walk:
                 return False
 
         out = self._output(name, module, packed, fits)
-        sizes, wide = solve(name, facts, q=q.n_out, k=k, v=v, o=out.n_in if out else None)
+        sizes, wide = solve(name, facts, q=q.n_out, k=k, v=v, o=out.n_in)
         if pair is not None:
             if wide != 1:
                 raise LayoutError(f"{name}: its query projection is twice as wide as its heads")
@@ -174,8 +210,13 @@ class _Walk:
 
     def _reusing(self, name: str, module: nn.Module, packed: dict, facts: Facts, q: Projection) -> _Located:
         """A query and an output projection alone: keys and values are another layer's."""
-        same = [at for at in self.found if at.owned.groups and _stack(at.name) == _stack(name)
-                and read(self.modules[at.name], "layer_type") == read(module, "layer_type")]
+        same = [
+            at
+            for at in self.found
+            if at.owned.groups
+            and _stack(at.name) == _stack(name)
+            and read(self.modules[at.name], "layer_type") == read(module, "layer_type")
+        ]
         source = read(module, "kv_shared_layer_index")
         if type(source) is int:
             same = [at for at in same if read(self.modules[at.name], "layer_idx") == source]
@@ -185,71 +226,51 @@ class _Walk:
         heads = q.n_out // per_head if per_head else 0
         k = heads // ratio * per_head
         out = self._output(name, module, packed, lambda o: True)
-        sizes, wide = solve(name, facts, q=q.n_out, k=k, v=k, o=out.n_in if out else None)
-        if wide != 1 or out is None or (reused is not None and len(reused.owned.groups) != sizes.groups):
-            raise LayoutError(f"{name}: its queries do not fit the keys and values it takes from another layer")
+        sizes, wide = solve(name, facts, q=q.n_out, k=k, v=k, o=out.n_in)
+        if wide != 1 or (reused is not None and len(reused.owned.groups) != sizes.groups):
+            raise LayoutError(
+                f"{name}: its queries do not fit the keys and values it takes from another layer"
+            )
         return _Located(name, queries_only(q, out, sizes), out, reused)
 
     def _one(self, roles: dict, role: str) -> Projection | None:
         found = roles.get(role, [])
         if len(found) > 1:
-            raise LayoutError(f"{found[0][0]} and {found[1][0]} both look like the {role} projection of one module")
+            raise LayoutError(
+                f"{found[0][0]} and {found[1][0]} both look like the {role} projection of one module"
+            )
         return projection(found[0][1], found[0][0], self.names) if found else None
 
     def _several(self, roles: dict, role: str, packed: dict[str, Projection]) -> list[Projection]:
         if role in packed:
             return [packed[role]]
-        return [projection(child, path, self.names) for path, child in roles.get(role) or roles.get(f"{role}_of", ())]
+        return [
+            projection(child, path, self.names)
+            for path, child in roles.get(role) or roles.get(f"{role}_of", ())
+        ]
 
     def _biased(self, module: nn.Module, owned: Owned) -> Owned:
         """Adds biases of q, k and v that are bare parameters beside a projection without one."""
+
         def add(units, role: str):
             bias = module._parameters.get(f"{role}_bias")
             if bias is None or bias.ndim != 1 or not units or bias.numel() % len(units):
                 return units
             size = bias.numel() // len(units)
-            return join(units, tuple((HeadSlice(self.names[id(bias)], role, 0, i * size, (i + 1) * size, bias=True),)
-                                     for i in range(len(units))))
+            return join(
+                units,
+                tuple(
+                    (HeadSlice(self.names[id(bias)], role, 0, i * size, (i + 1) * size, bias=True),)
+                    for i in range(len(units))
+                ),
+            )
 
         return Owned(add(owned.heads, "q"), add(add(owned.groups, "k"), "v"), owned.group_of)
 
-    def _output(self, name: str, module: nn.Module, packed: dict, fits) -> Projection | None:
-        """The output projection: a child, a child's child, or beside the module in its attention block.
-
-        Raises:
-            LayoutError: there are such children and none fits the heads.
-        """
-        if "o" in packed:
-            return packed["o"]
-        found = self._outputs_in(module, name)
-        parent = self.parent(name)
-        if not found and parent is not None:
-            found = self._outputs_in(parent, name.rpartition(".")[0], beside=module)
-        fitting = [out for out in found if fits(out)]
-        if not fitting:
-            raise LayoutError(f"{name} ({type(module).__name__}): " + (
-                f"its output projection {found[0].module} takes {found[0].n_in} features, which do not divide into its "
-                "heads" if found else "no output projection was found, so what its heads write is unknown"))
-        return fitting[0]
-
-    def _outputs_in(self, module: nn.Module, name: str, beside: nn.Module | None = None) -> list[Projection]:
-        """Candidates among the children of `module`, the best named first; `beside`: the attention core."""
-        inside = beside is None or _attention_like(type(module).__name__)
-        ranked = []
-        for key, child in module._modules.items():
-            path = f"{name}.{key}" if name else key
-            if child is None or child is beside or not any(True for _ in child.parameters()):
-                continue
-            if inside and role_of(key) == "o":
-                inner, _ = unwrap(child, path)
-                deeper = [] if hasattr(inner, "weight") else [
-                    (output_rank(sub), f"{path}.{sub}", part) for sub, part in child._modules.items()
-                    if role_of(sub) == "o" and any(True for _ in part.parameters())]
-                ranked += deeper or [(output_rank(key), path, child)]
-            elif not inside and key == "post_attention":
-                ranked += [(0, f"{path}.{sub}", part) for sub, part in child._modules.items() if sub == "conv1d"]
-        ranked.sort(key=lambda item: item[0])
-        return [projection(part, path, self.names) for _, path, part in ranked]
+    def _output(
+        self, name: str, module: nn.Module, packed: dict, fits: Callable[[Projection], bool]
+    ) -> Projection:
+        return packed.get("o") or find_output(name, module, self.parent(name), self.names, fits)
 
 
 class _SingleHead:
@@ -258,30 +279,6 @@ class _SingleHead:
 
 def _states_heads(module: nn.Module) -> bool:
     return Facts([module]).get(("num_heads", "num_attention_heads", "n_heads")) is not None
-
-
-def _attention_like(class_name: str) -> bool:
-    return any(word in class_name.lower() for word in ("attention", "attn"))
-
-
-def _is_attention(module: nn.Module, roles: dict) -> bool:
-    """Query, key and value (or what stands for them) are among the children."""
-    has = roles.keys()
-    if any(isinstance(child, nn.MultiheadAttention) for child in module.children()):
-        return False  # its projections feed that module, which is the one with heads
-    like = _attention_like(type(module).__name__)
-    if "q" in has and has & {"kv", "kv_b"} or {"q", "k", "v"} <= has or {"q", "k_of", "v_of"} <= has or "qkv" in has:
-        return True
-    return like and ("in" in has or {"q_gate", "kv_b"} <= has or {"qk", "v"} <= has or {"q", "k", "o"} <= has
-                     or (has & {"q", "k", "v", "o"} == {"q", "o"}))
-
-
-def _not_heads(module: nn.Module) -> bool:
-    """Recurrences (no softmax over positions) and the selectors of sparse attention."""
-    kind = type(module).__name__.lower()
-    if any(word in kind for word in ("delta", "lightning", "mamba", "lstm", "indexer", "rwkv")):
-        return True
-    return any(mark in module._modules or mark in module._parameters for mark in ("A_log", "conv1d", "forget_gate"))
 
 
 def _nested(inner: str, outer: str) -> bool:

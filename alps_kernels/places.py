@@ -19,7 +19,7 @@ _STACKS = (("encoder", re.compile(r"encoder")), ("decoder", re.compile(r"decoder
 
 
 def kind_of(name: str, module: nn.Module, parent: nn.Module | None) -> str:
-    """"cross" where the name, the class or an attribute says so, else "self"."""
+    """ "cross" where the name, the class or an attribute says so, else "self"."""
     classes = type(module).__name__ + (f".{type(parent).__name__}" if parent is not None else "")
     path = ".".join(name.split(".")[-3:]).lower()
     if re.search(_CROSS, path) or re.search(_CROSS, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", classes).lower()):

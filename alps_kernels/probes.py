@@ -22,7 +22,9 @@ class InputProbe:
         self.seen: Tensor | None = None
 
     def columns(self, head: int) -> list[int]:
-        return [c for part in self.layer.heads[head] if part.role == "o" for c in range(part.start, part.stop)]
+        return [
+            c for part in self.layer.heads[head] if part.role == "o" for c in range(part.start, part.stop)
+        ]
 
     def sees(self) -> bool:
         """Whether the attention module calls its output projection as a module."""
@@ -52,7 +54,9 @@ class HeadProbe:
     outside the columns of that head.
     """
 
-    def __init__(self, layer: AttentionLayer, params: dict[str, nn.Parameter], call: Callable[[], Any]) -> None:
+    def __init__(
+        self, layer: AttentionLayer, params: dict[str, nn.Parameter], call: Callable[[], Any]
+    ) -> None:
         self.layer, self.params, self.call = layer, params, call
 
     def columns(self, head: int) -> list[int]:
@@ -85,8 +89,11 @@ def first_tensor(value: Any) -> Tensor:
 @contextmanager
 def norms_pass(stage: nn.Module) -> Iterator[None]:
     """Norms inside `stage` return their input unchanged."""
-    norms = [m for m in stage.modules() if m is not stage and "norm" in type(m).__name__.lower()
-             and not any(True for _ in m.children())]
+    norms = [
+        m
+        for m in stage.modules()
+        if m is not stage and "norm" in type(m).__name__.lower() and not any(True for _ in m.children())
+    ]
     kept = [m.__dict__.get("forward") for m in norms]
     for module in norms:
         module.forward = pass_on

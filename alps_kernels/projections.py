@@ -16,12 +16,28 @@ from .layout import HeadSlice, LayoutError
 # Words of a child's name that say nothing about its role.
 _FILLERS = {"proj", "projection", "project", "lin", "linear", "to", "head", "layer", "weight", "self"}
 _ROLES = {
-    ("q",): "q", ("query",): "q", ("wq",): "q", ("q", "attn"): "q", ("q", "b"): "q",
-    ("k",): "k", ("key",): "k", ("wk",): "k",
-    ("v",): "v", ("value",): "v", ("wv",): "v",
-    ("qkv",): "qkv", ("wqkv",): "qkv", ("query", "key", "value"): "qkv", ("c", "attn"): "qkv",
-    ("kv",): "kv", ("wkv",): "kv", ("key", "value"): "kv", ("kv", "b"): "kv_b",
-    ("query", "key"): "qk", ("in",): "in", ("q", "gate"): "q_gate",
+    ("q",): "q",
+    ("query",): "q",
+    ("wq",): "q",
+    ("q", "attn"): "q",
+    ("q", "b"): "q",
+    ("k",): "k",
+    ("key",): "k",
+    ("wk",): "k",
+    ("v",): "v",
+    ("value",): "v",
+    ("wv",): "v",
+    ("qkv",): "qkv",
+    ("wqkv",): "qkv",
+    ("query", "key", "value"): "qkv",
+    ("c", "attn"): "qkv",
+    ("kv",): "kv",
+    ("wkv",): "kv",
+    ("key", "value"): "kv",
+    ("kv", "b"): "kv_b",
+    ("query", "key"): "qk",
+    ("in",): "in",
+    ("q", "gate"): "q_gate",
     ("o", "a"): "o_a",
     # one key and value projection for every source of a cross-attention
     **{("key", source): "k_of" for source in ("protein", "structure", "msa")},
@@ -110,21 +126,32 @@ def projection(module: nn.Module, name: str, names: Mapping[int, str]) -> Projec
     """
     inner, path = unwrap(module, name)
     if not is_linear(inner):
-        held = [f"{key} {tensor.dtype} {list(tensor.shape)}"
-                for key, tensor in (*inner._parameters.items(), *inner._buffers.items()) if tensor is not None]
-        raise LayoutError(f"{path} ({type(inner).__name__}) has no weight matrix that heads could own rows or "
-                          f"columns of; it holds {held or list(inner._modules)}")
+        held = [
+            f"{key} {tensor.dtype} {list(tensor.shape)}"
+            for key, tensor in (*inner._parameters.items(), *inner._buffers.items())
+            if tensor is not None
+        ]
+        raise LayoutError(
+            f"{path} ({type(inner).__name__}) has no weight matrix that heads could own rows or "
+            f"columns of; it holds {held or list(inner._modules)}"
+        )
     weight, bias = inner._parameters["weight"], inner._parameters.get("bias")
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        raise LayoutError(f"{path} ({type(inner).__name__}): its weight is quantised or packed "
-                          f"({weight.dtype} {list(weight.shape)}); heads need floating-point weights of 16 bits or more")
+    packed = type(weight).__module__.startswith("torchao")  # its tensors state the dtype they stand for
+    if packed or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        raise LayoutError(
+            f"{path} ({type(inner).__name__}): its weight is quantised or packed "
+            f"({type(weight).__name__} {weight.dtype} {list(weight.shape)}); heads need "
+            "floating-point weights of 16 bits or more"
+        )
     n_out, n_in = weight.shape[0], weight.shape[1]
     transposed = type(inner).__name__ == "Conv1D"
     if transposed:
         n_out, n_in = n_in, n_out
     elif getattr(inner, "groups", 1) != 1:
         n_in = 0  # a grouped convolution: its columns are not the input's features
-    return Projection(name, names[id(weight)], None if bias is None else names[id(bias)], n_out, n_in, transposed)
+    return Projection(
+        name, names[id(weight)], None if bias is None else names[id(bias)], n_out, n_in, transposed
+    )
 
 
 def bare(module: nn.Module, name: str, names: Mapping[int, str]) -> dict[str, Projection]:
@@ -136,17 +163,31 @@ def bare(module: nn.Module, name: str, names: Mapping[int, str]) -> dict[str, Pr
     held = {key: param for key, param in module._parameters.items() if param is not None}
     if (packed := held.get("in_proj_weight")) is not None:
         bias = held.get("in_proj_bias")
-        return {"qkv": Projection(name, names[id(packed)], None if bias is None else names[id(bias)], *packed.shape)}
+        return {
+            "qkv": Projection(
+                name, names[id(packed)], None if bias is None else names[id(bias)], *packed.shape
+            )
+        }
     if {"q_proj_weight", "k_proj_weight", "v_proj_weight"} <= held.keys():
         bias = None if held.get("in_proj_bias") is None else names[id(held["in_proj_bias"])]
         weights = [held[f"{role}_proj_weight"] for role in "qkv"]
-        return {role: Projection(name, names[id(w)], bias, *w.shape, bias_at=i * weights[0].shape[0])
-                for i, (role, w) in enumerate(zip("qkv", weights, strict=True))}
+        return {
+            role: Projection(name, names[id(w)], bias, *w.shape, bias_at=i * weights[0].shape[0])
+            for i, (role, w) in enumerate(zip("qkv", weights, strict=True))
+        }
     if all(role in held and held[role].ndim == 3 for role in "qkvo"):
         sizes = {role: (held[role].shape[0], held[role][0].numel()) for role in "qkvo"}
-        return {role: Projection(name, names[id(held[role])], None, n_out=inner if role != "o" else outer,
-                                 n_in=outer if role != "o" else inner, transposed=role != "o")
-                for role, (outer, inner) in sizes.items()}
+        return {
+            role: Projection(
+                name,
+                names[id(held[role])],
+                None,
+                n_out=inner if role != "o" else outer,
+                n_in=outer if role != "o" else inner,
+                transposed=role != "o",
+            )
+            for role, (outer, inner) in sizes.items()
+        }
     return {}
 
 

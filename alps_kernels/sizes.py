@@ -8,10 +8,30 @@ from typing import Any
 
 from .layout import LayoutError
 
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads", "heads", "attention_heads",
-         "encoder_attention_heads", "decoder_attention_heads")
-HEAD_DIM = ("head_dim", "attention_head_size", "d_head", "dim_head", "dim_per_head", "head_size", "attn_head_size",
-            "key_value_proj_dim", "qk_head_dim", "d_kv", "attention_head_dim")
+HEADS = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "num_q_heads",
+    "heads",
+    "attention_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+)
+HEAD_DIM = (
+    "head_dim",
+    "attention_head_size",
+    "d_head",
+    "dim_head",
+    "dim_per_head",
+    "head_size",
+    "attn_head_size",
+    "key_value_proj_dim",
+    "qk_head_dim",
+    "d_kv",
+    "attention_head_dim",
+)
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
 
@@ -69,9 +89,11 @@ def solve(module: str, facts: Facts, *, q: int, k: int, v: int, o: int | None) -
         for wide in (1, 2):
             if (heads or qk) and (sizes := _fit(heads, qk, wide, q, k, v, o)) and _agrees(sizes, facts):
                 return sizes, wide
-    raise LayoutError(f"{module}: projections of {q} query, {k} key and {v} value features, with {o} features into the "
-                      f"output projection, do not divide into heads; stated: {facts.get(HEADS)} heads, head size "
-                      f"{facts.get(HEAD_DIM)}")
+    raise LayoutError(
+        f"{module}: projections of {q} query, {k} key and {v} value features, with {o} features into the "
+        f"output projection, do not divide into heads; stated: {facts.get(HEADS)} heads, head size "
+        f"{facts.get(HEAD_DIM)}"
+    )
 
 
 def _agrees(sizes: Sizes, facts: Facts) -> bool:

@@ -10,7 +10,7 @@ others: norms inside the attention module pass their input on unchanged while th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -55,8 +55,10 @@ def verify_layout(
     params = dict(model.named_parameters())
     meta = [name for name in layout.shapes if name not in params or params[name].is_meta]
     if meta:
-        raise LayoutError(f"{meta[0]}: there is no such weight to perturb in this model"
-                          + (" (it is on the meta device)" if meta[0] in params else ""))
+        raise LayoutError(
+            f"{meta[0]}: there is no such weight to perturb in this model"
+            + (" (it is on the meta device)" if meta[0] in params else "")
+        )
     modules = dict(model.named_modules())
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -73,15 +75,23 @@ def verify_layout(
             _check_layer(layer, params, modules, stage, calls[stage], seed)
 
 
-def _check_layer(layer: AttentionLayer, params: dict[str, nn.Parameter], modules: dict[str, nn.Module],
-                 stage: str, call: tuple, seed: int) -> None:
+def _check_layer(
+    layer: AttentionLayer,
+    params: dict[str, nn.Parameter],
+    modules: dict[str, nn.Module],
+    stage: str,
+    call: tuple,
+    seed: int,
+) -> None:
     """Every head and group of one attention module, seen by calling the module `stage` again.
 
     Raises:
         LayoutError: see `verify_layout`.
     """
     if not all(any(part.role == "o" for part in unit) for unit in layer.heads):
-        raise LayoutError(f"{layer.module}: no output projection was located, so there is nothing to see its heads by")
+        raise LayoutError(
+            f"{layer.module}: no output projection was located, so there is nothing to see its heads by"
+        )
 
     def call_stage() -> Any:
         torch.manual_seed(seed)
@@ -96,15 +106,19 @@ def _check_layer(layer: AttentionLayer, params: dict[str, nn.Parameter], modules
             probe = HeadProbe(layer, params, call_stage)
         base = probe.run()
         if not torch.equal(base, probe.run()):
-            raise LayoutError(f"{layer.module}: two runs on the same input differ; it cannot be checked by perturbation")
+            raise LayoutError(
+                f"{layer.module}: two runs on the same input differ; it cannot be checked by perturbation"
+            )
         for what, blocks, heads in _claims(layer):
             want = sorted(c for head in heads for c in probe.columns(head))
             _compare(layer, what, _moved(params, blocks, base, probe.run, seed), want)
 
 
 def _not_reached(layer: AttentionLayer) -> LayoutError:
-    return LayoutError(f"{layer.module}: the inputs do not reach this attention module; pass `inputs` that do, or the "
-                       "`layers` to check")
+    return LayoutError(
+        f"{layer.module}: the inputs do not reach this attention module; pass `inputs` that do, or the "
+        "`layers` to check"
+    )
 
 
 def _claims(layer: AttentionLayer) -> Iterator[tuple[str, list[HeadSlice], list[int]]]:
@@ -126,11 +140,15 @@ def _compare(layer: AttentionLayer, what: str, moved: list[int], want: list[int]
         return
     if not moved:
         raise LayoutError(f"{layer.module}: layer {layer.index}, {what} moves nothing with these inputs")
-    raise LayoutError(f"{layer.module}: layer {layer.index}, {what} moves columns {_ranges(moved)} of the output "
-                      f"projection's input, not the claimed {_ranges(sorted(want))}")
+    raise LayoutError(
+        f"{layer.module}: layer {layer.index}, {what} moves columns {_ranges(moved)} of the output "
+        f"projection's input, not the claimed {_ranges(sorted(want))}"
+    )
 
 
-def _moved(params: dict[str, nn.Parameter], blocks: Sequence[HeadSlice], base: Tensor, run, seed: int) -> list[int]:
+def _moved(
+    params: dict[str, nn.Parameter], blocks: Sequence[HeadSlice], base: Tensor, run, seed: int
+) -> list[int]:
     """Columns of the output projection's input that move when `blocks` are replaced by noise."""
     with ExitStack() as stack:
         for part in blocks:
@@ -138,7 +156,9 @@ def _moved(params: dict[str, nn.Parameter], blocks: Sequence[HeadSlice], base: T
         moved = (run() - base).abs().amax(0)
     top = moved.max()
     if not torch.isfinite(top):
-        raise LayoutError(f"perturbing {blocks[0].param} gives values that are not finite; it cannot be checked")
+        raise LayoutError(
+            f"perturbing {blocks[0].param} gives values that are not finite; it cannot be checked"
+        )
     return torch.nonzero(moved > _LEAK * top).flatten().tolist() if top > 0 else []
 
 
@@ -177,9 +197,12 @@ def _catch(model: nn.Module, stages: dict[str, nn.Module], inputs: Mapping[str, 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if name not in calls:
                 calls[name] = copy.deepcopy((args, kwargs))
+
         return hook
 
-    handles = [module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in stages.items()]
+    handles = [
+        module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in stages.items()
+    ]
     try:
         model(**inputs)
     finally:

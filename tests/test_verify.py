@@ -8,12 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from alps_kernels.layout import AttentionLayer, HeadLayout, HeadSlice, LayoutError
 from alps_kernels.locate import find_heads
 from tests.test_layout import BART, BERT, LLAMA, tiny
-
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 
 @pytest.fixture
@@ -34,14 +33,23 @@ def rotated(layer: AttentionLayer) -> AttentionLayer:
     """Head h is given the query of head h + 1."""
     queries = [[p for p in unit if p.role == "q"] for unit in layer.heads]
     rest = [[p for p in unit if p.role != "q"] for unit in layer.heads]
-    return dataclasses.replace(layer, heads=tuple(tuple(q + r) for q, r in zip(queries[1:] + queries[:1], rest, strict=True)))
+    return dataclasses.replace(
+        layer, heads=tuple(tuple(q + r) for q, r in zip(queries[1:] + queries[:1], rest, strict=True))
+    )
 
 
 def shifted(layer: AttentionLayer) -> AttentionLayer:
     """Values one row late."""
+
     def late(part: HeadSlice) -> HeadSlice:
         return dataclasses.replace(part, start=part.start + 1) if part.role == "v" else part
-    last = (*map_parts(layer.groups[:1], lambda p: dataclasses.replace(p, stop=p.stop + 1) if p.role == "v" else p), *layer.groups[1:])
+
+    last = (
+        *map_parts(
+            layer.groups[:1], lambda p: dataclasses.replace(p, stop=p.stop + 1) if p.role == "v" else p
+        ),
+        *layer.groups[1:],
+    )
     return dataclasses.replace(layer, groups=map_parts(last, late))
 
 
@@ -61,7 +69,9 @@ def keys_as_values(layer: AttentionLayer) -> AttentionLayer:
     """Two groups change places in the value projection."""
     values = [[p for p in unit if p.role == "v"] for unit in layer.groups]
     rest = [[p for p in unit if p.role != "v"] for unit in layer.groups]
-    return dataclasses.replace(layer, groups=tuple(tuple(r + v) for r, v in zip(rest, values[::-1], strict=True)))
+    return dataclasses.replace(
+        layer, groups=tuple(tuple(r + v) for r, v in zip(rest, values[::-1], strict=True))
+    )
 
 
 FAULTS = [rotated, shifted, swapped_outputs, strided_groups, keys_as_values]
@@ -70,7 +80,9 @@ FAULTS = [rotated, shifted, swapped_outputs, strided_groups, keys_as_values]
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_layouts_are_caught(model, fault):
     wrong = edited(find_heads(model), fault)
-    with pytest.raises(LayoutError, match=r"model\.layers\.1\.self_attn: layer 1, (head|group) \d.*moves columns"):
+    with pytest.raises(
+        LayoutError, match=r"model\.layers\.1\.self_attn: layer 1, (head|group) \d.*moves columns"
+    ):
         wrong.verify(model)
 
 
@@ -143,12 +155,24 @@ def test_layers_that_inputs_do_not_reach_are_an_error():
         layout.verify(model)
     layout.verify(model, layers=layout.where("self"))
     encoded = torch.randn(1, 5, 48)
-    layout.verify(model, inputs={"input_ids": torch.arange(4)[None], "encoder_hidden_states": encoded}, layers=cross)
+    layout.verify(
+        model, inputs={"input_ids": torch.arange(4)[None], "encoder_hidden_states": encoded}, layers=cross
+    )
 
 
 def test_pictures_have_to_be_given():
-    model = tiny("vit", {"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
-                         "image_size": 8, "patch_size": 4}, AutoModel)
+    model = tiny(
+        "vit",
+        {
+            "hidden_size": 48,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+        AutoModel,
+    )
     layout = find_heads(model)
     with pytest.raises(LayoutError, match="ViTModel takes pixel_values.*pass `inputs`"):
         layout.verify(model)
