@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .binding import BoundParam, BoundSelection
 from .ops.head_adamw import head_adamw_, head_grad_norm
-from .ops.updates import Block, Hyper, Update
+from .ops.updates import Update, hypers_of
 from .state import FORMAT, HALVES, MOMENTS, VERSION, Slot, check_description, checked_precision, read_state, regrown
 
 OURS = ("master", "moment_dtype")  # entries of a param group that torch.optim.AdamW does not have
@@ -49,6 +49,7 @@ class HeadAdamW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
+    _backend: str | None = None  # of `head_adamw_`; tests set it
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class HeadAdamW(torch.optim.Optimizer):
             raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
         self.heads, self.max_grad_norm, self.seed = heads, max_grad_norm, seed
         self.grad_norm: Tensor | None = None
+        self._plans: dict = {}
         super().__init__(params, {**plain.defaults, "master": master, "moment_dtype": moment_dtype})
         self._slots: dict[Tensor, Slot] = self._make_slots(heads)
 
@@ -117,7 +119,7 @@ class HeadAdamW(torch.optim.Optimizer):
         for param in [p for p in self.state if p not in states]:
             del self.state[param]
         self.state.update(states)
-        self.heads, self._slots = heads, slots
+        self.heads, self._slots, self._plans = heads, slots, {}
 
     def _make_slots(self, heads: BoundSelection | None) -> dict[Tensor, Slot]:
         chosen = None if heads is None else {id(part.param): part for part in heads.params}
@@ -165,43 +167,55 @@ class HeadAdamW(torch.optim.Optimizer):
                  if param in self._slots and param.grad is not None]
         for _, slot in ready:
             _check_grad(slot)
-        found_inf = getattr(self, "found_inf", None)
-        if not ready or (found_inf is not None and float(found_inf) != 0):
+        if not ready:
             return loss
         fresh = {slot.param: slot.new_state(amsgrad=group["amsgrad"], device_step=group["capturable"])
                  for group, slot in ready if not self.state.get(slot.param)}
         states = [fresh.get(slot.param) or self.state[slot.param] for _, slot in ready]
         for (group, slot), state in zip(ready, states, strict=True):
             _check_state(slot, state, group["amsgrad"])
-        self.state.update(fresh)
+        steps = [state["step"] for state in states]
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and not all(step.is_cuda for step in steps):
+            if float(found_inf) != 0:
+                return loss
+            found_inf = None  # else it stays on the device, and decides there
         updates = self._updates(ready, states)
-        head_adamw_(updates, control=self._control(updates), seed=self.seed)
-        torch._foreach_add_([state["step"] for state in states], 1)
+        control = self._control(updates, found_inf)
+        self.state.update(fresh)
+        head_adamw_(updates, control=control, seed=self.seed, plans=self._plans, backend=self._backend)
+        torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]))
         return loss
 
     def _updates(self, ready: list[tuple[dict, Slot]], states: list[dict[str, Tensor]]) -> list[Update]:
-        updates = []
-        for (group, slot), state in zip(ready, states, strict=True):
-            hypers = tuple(Hyper.of(group, step + 1) for step in state["step"].reshape(-1).tolist())
-            updates.append(Update(
-                slot.name, slot.param, slot.param.grad, None if slot.part.full and len(hypers) == 1 else _blocks(slot),
-                state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
-                state[slot.low_key] if slot.low_key else None, slot.master, hypers, slot.stream))
-        return updates
+        hypers: dict[int, Any] = {}
+        by_group: dict[tuple, list[int]] = {}
+        for i, ((group, _), state) in enumerate(zip(ready, states, strict=True)):
+            by_group.setdefault((id(group), state["step"].device), []).append(i)
+        for members in by_group.values():
+            rows = hypers_of(ready[members[0]][0], [states[i]["step"] for i in members])
+            hypers.update(zip(members, rows, strict=True))
+        return [Update(slot.name, slot.param, slot.param.grad,
+                       None if slot.part.full and len(hypers[i]) == 1 else slot.blocks,
+                       state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
+                       state[slot.low_key] if slot.low_key else None, slot.master, hypers[i], slot.stream)
+                for i, ((group, slot), state) in enumerate(zip(ready, states, strict=True))]
 
-    def _control(self, updates: list[Update]) -> Tensor | None:
-        """[2] float32: the factor of every gradient (unscaling times clipping), and 0: not skipped."""
+    def _control(self, updates: list[Update], found_inf: Tensor | None) -> Tensor | None:
+        """[2] float32: the factor of every gradient (unscaling times clipping), and whether to skip."""
         scale = getattr(self, "grad_scale", None)
-        if scale is None and self.max_grad_norm is None:
+        if scale is None and found_inf is None and self.max_grad_norm is None:
             return None
         device = updates[0].param.device
         factor = torch.ones((), dtype=torch.float64, device=device)
         if scale is not None:
             factor = factor / torch.as_tensor(scale, device=device).double().reshape(())
         if self.max_grad_norm is not None:
-            self.grad_norm = head_grad_norm(updates).to(device) * factor
+            norm = head_grad_norm(updates, seed=self.seed, plans=self._plans, backend=self._backend)
+            self.grad_norm = norm.to(device) * factor
             factor = factor * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        return torch.stack([factor, torch.zeros_like(factor)]).float()
+        skip = torch.zeros_like(factor) if found_inf is None else found_inf.to(factor).reshape(())
+        return torch.stack([factor, skip]).float()
 
     # -- files -------------------------------------------------------------------------------
 
@@ -272,6 +286,7 @@ class HeadAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._plans = {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -290,23 +305,6 @@ class HeadAdamW(torch.optim.Optimizer):
 
 def _whole(name: str, param: Tensor) -> BoundParam:
     return BoundParam(name, param, 0, ((0, param.shape[0] if param.ndim else 1),))
-
-
-def _blocks(slot: Slot) -> tuple[Block, ...]:
-    """The rectangles of a slot, with their places in its state."""
-    part, at, blocks = slot.part, 0, []
-    other = part.param.numel() // max(part.extent, 1)
-    spans = iter(slot.spans)
-    for start, stop in part.ranges:
-        edge = start
-        while edge < stop:
-            low, edge = next(spans)
-            if part.dim == 0:
-                blocks.append(Block(0, low, edge, at + (low - start) * other, other))
-            else:  # the columns of a range lie side by side in its state
-                blocks.append(Block(1, low, edge, at + low - start, stop - start))
-        at += (stop - start) * other
-    return tuple(blocks)
 
 
 def _check_param(part: BoundParam) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .binding import BoundParam, Ranges
+from .ops.updates import Block
 
 FORMAT, VERSION = "alps_kernels.head_adamw", 1
 MASTERS = (None, "split", "kahan", "stochastic")
@@ -51,9 +53,8 @@ class Slot:
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
         """State before the first step: the parameter's shape where all of it trains, else compact."""
-        if self.part.full:
-            return torch.zeros_like(self.param, dtype=dtype, requires_grad=False)
-        return torch.zeros(self.part.numel, dtype=dtype, device=self.param.device)
+        shape = self.param.shape if self.part.full else (self.part.numel,)
+        return torch.zeros(shape, dtype=dtype, device=self.param.device)
 
     def new_state(self, *, amsgrad: bool, device_step: bool) -> dict[str, Tensor]:
         state = {"step": self.step_tensor([0.0], device_step)}
@@ -72,8 +73,24 @@ class Slot:
         device = self.param.device if on_device else "cpu"
         return torch.tensor(steps[0] if len(steps) == 1 else steps, dtype=torch.float32, device=device)
 
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The rectangles that train, with their places in the state: one for each span."""
+        other = self.param.numel() // max(self.part.extent, 1)
+        at, blocks, spans = 0, [], iter(self.spans)
+        for start, stop in self.part.ranges:
+            edge = start
+            while edge < stop:
+                low, edge = next(spans)
+                if self.part.dim == 0:
+                    blocks.append(Block(0, low, edge, at + (low - start) * other, other))
+                else:  # the columns of a range lie side by side in its state
+                    blocks.append(Block(1, low, edge, at + low - start, stop - start))
+            at += (stop - start) * other
+        return tuple(blocks)
+
     def cut(self, dense: Tensor) -> Tensor:
-        return dense.clone() if self.part.full else self.part.cut(dense)
+        return dense.clone(memory_format=torch.contiguous_format) if self.part.full else self.part.cut(dense)
 
     def spread(self, stored: Tensor) -> Tensor:
         """Dense, of the parameter's shape, zero where nothing trains."""
@@ -150,8 +167,7 @@ def read_state(slot: Slot, saved: Mapping[str, Any], described: Mapping[str, Any
         dtype = slot.low_dtype if key in LOW else slot.moment_dtype
         if described is not None and value.dtype != dtype:
             raise ValueError(f"{slot.name}: the saved {key} is {value.dtype}, expected {dtype}")
-        value = slot.cut(value) if dense and not slot.part.full else value.clone()
-        state[key] = value.to(device=slot.param.device, dtype=dtype)
+        state[key] = (slot.cut(value) if dense else value.clone()).to(device=slot.param.device, dtype=dtype)
     return slot, state
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,6 +69,36 @@ class Hyper(NamedTuple):
                    group["eps"], lr / (1 - beta1**step), -1.0 if group["maximize"] else 1.0, step)
 
 
+def hypers_of(group: Mapping[str, Any], steps: Sequence[Tensor]) -> list[tuple[Hyper, ...] | Tensor]:
+    """The numbers of the next step of some parameters of one group.
+
+    Args:
+        steps: for every parameter the steps taken, a scalar or [n]; on the CPU, or all on one
+            device (`capturable`): then nothing waits for their values, and the numbers are a
+            float64 tensor [n, len(Hyper)] per parameter.
+    """
+    counts = [step.numel() for step in steps]
+    taken = torch.cat([step.reshape(-1) for step in steps])
+    if taken.is_cuda:
+        return list(_on_device(group, taken.double() + 1).split(counts))
+    values = taken.tolist()
+    known = {step: Hyper.of(group, step + 1) for step in set(values)}
+    rows = iter(values)
+    return [tuple(known[next(rows)] for _ in range(count)) for count in counts]
+
+
+def _on_device(group: Mapping[str, Any], steps: Tensor) -> Tensor:
+    """`Hyper.of` in tensor operations, one row for each of `steps` (float64)."""
+    lr = group["lr"].to(steps) if isinstance(group["lr"], Tensor) else torch.full_like(steps, group["lr"])
+    beta1, beta2 = map(float, group["betas"])
+    ones = torch.ones_like(steps)
+    return torch.stack([
+        1 - ones * lr * group["weight_decay"], ones * (1 - beta1), ones * beta2, ones * (1 - beta2),
+        (1 - beta2**steps).sqrt(), ones * group["eps"], lr / (1 - beta1**steps),
+        -ones if group["maximize"] else ones, steps,
+    ], 1)
+
+
 @dataclass(frozen=True)
 class Update:
     """One parameter of one step.
@@ -81,7 +111,8 @@ class Update:
         low: what 16 bits of the parameter do not hold: int16 for "split", of the parameter's
             dtype for "kahan", None otherwise.
         master: None, "split", "kahan" or "stochastic"; only where the parameter has 16 bits.
-        hypers: one for all blocks, or one for each.
+        hypers: one for all blocks, or one for each; a float64 tensor [n, len(Hyper)] where
+            only the device knows the step.
         stream: which stream of random bits is this parameter's.
     """
 
@@ -94,12 +125,19 @@ class Update:
     max_exp_avg_sq: Tensor | None
     low: Tensor | None
     master: str | None
-    hypers: tuple[Hyper, ...]
+    hypers: tuple[Hyper, ...] | Tensor
     stream: int
+
+    @property
+    def n_hypers(self) -> int:
+        return len(self.hypers)
 
     def parts(self) -> list[tuple[Hyper, list[Block | None]]]:
         """The blocks that share their numbers, None for the whole parameter."""
         blocks = list(self.blocks) if self.blocks is not None else [None]
-        if len(self.hypers) == 1:
-            return [(self.hypers[0], blocks)]
-        return [(hyper, [block]) for hyper, block in zip(self.hypers, blocks, strict=True)]
+        hypers = self.hypers
+        if isinstance(hypers, Tensor):
+            hypers = tuple(Hyper(*row) for row in hypers.tolist())
+        if len(hypers) == 1:
+            return [(hypers[0], blocks)]
+        return [(hyper, [block]) for hyper, block in zip(hypers, blocks, strict=True)]

@@ -1,0 +1,142 @@
+"""Helpers on values in registers, shared by the kernels."""
+
+import triton
+import triton.language as tl
+
+# -- optimizer: AdamW arithmetic, master weights, rounding -----------------------------------
+
+FINITE = tl.constexpr(3.4028234663852886e38)  # the largest float32
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to whole numbers
+
+
+@triton.jit
+def adamw_step(p, g, m, v, v_max, decay, weight1, beta2, weight2, inv_root2, eps, step_size, AMSGRAD: tl.constexpr):
+    """One AdamW step in float32, each operation rounded; weight = 1 - beta, inv_root2 = 1 / sqrt(c2).
+
+    The order is torch's single-tensor path, but that sqrt(v) is multiplied by 1 / sqrt(c2) where
+    torch divides by sqrt(c2): one rounding more, at most 1 ulp of the update.
+    """
+    p = p * decay
+    # torch's lerp: from the nearer end, so that beta1 = 0 gives g itself
+    m = tl.where(weight1 < 0.5, m + weight1 * (g - m), g - (g - m) * (1.0 - weight1))
+    v = v * beta2 + weight2 * g * g
+    if AMSGRAD:  # a NaN stays one, as in torch.maximum
+        v_max = tl.where((v > v_max) | (v != v), v, v_max)
+        root = tl.sqrt_rn(v_max)
+    else:
+        root = tl.sqrt_rn(v)
+    p = p - step_size * tl.div_rn(m, root * inv_root2 + eps)
+    return p, m, v, v_max
+
+
+@triton.jit
+def join_bf16(p, low):
+    """The float32 of which `p` (bfloat16) holds the upper and `low` (int16) the lower bits."""
+    high = p.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return (high + low.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_bf16(x):
+    """float32 -> (bfloat16, int16) with rounding half up: a bijection of all but NaNs, which become one."""
+    bits = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
+    high = (bits + 0x8000) >> 16
+    return high.to(tl.int16).to(tl.bfloat16, bitcast=True), (bits - (high << 16)).to(tl.int16)
+
+
+@triton.jit
+def unit_fp16(p):
+    """1/65536 of the distance between float16 numbers at `p`, a float16 number held in float32."""
+    power = (p.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # 2^floor(log2 |p|)
+    unit = tl.maximum(power * 1.4901161193847656e-08, 9.094947017729282e-13)  # 2^-26; at least 2^-40
+    return tl.where(tl.abs(p) <= FINITE, unit, 1.0)
+
+
+@triton.jit
+def join_fp16(p, low):
+    """The float32 that `p` (float16) and `low` (int16, in 65536ths of p's spacing) stand for."""
+    wide = p.to(tl.float32)
+    return wide + low.to(tl.float32) * unit_fp16(wide)
+
+
+@triton.jit
+def split_fp16(x):
+    """float32 -> (float16, int16): exact from 2^-17 to the largest float16, below that to 2^-41."""
+    p = x.to(tl.float16)
+    wide = p.to(tl.float32)
+    rest = tl.where(tl.abs(wide) <= FINITE, x - wide, 0.0) / unit_fp16(wide)  # by a power of two: exact
+    whole = (rest + ROUND) - ROUND
+    return p, tl.minimum(tl.maximum(whole, -32768.0), 32767.0).to(tl.int32).to(tl.int16)
+
+
+@triton.jit
+def round_stochastically(x, noise, DTYPE: tl.constexpr):
+    """float32 -> a neighbour in bfloat16 or float16, the nearer one the likelier; `noise` in 0..65535."""
+    raw = x.to(tl.int32, bitcast=True)
+    if DTYPE == tl.bfloat16:
+        moved = ((raw + noise) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        normal = ((raw + (noise & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True)
+        steps = tl.floor(tl.abs(x) * 16777216.0 + noise.to(tl.float32) * 1.52587890625e-05)  # subnormals: 2^-24 each
+        tiny = steps * 5.960464477539063e-08
+        moved = tl.where(tl.abs(x) < 6.103515625e-05, tl.where(raw < 0, -tiny, tiny), normal)
+    return tl.where(tl.abs(x) <= FINITE, moved, x).to(DTYPE)
+
+
+@triton.jit
+def random16(first, stride, seed, step, stream, ROWS: tl.constexpr, COLS: tl.constexpr, BY_EIGHT: tl.constexpr):
+    """16 random bits, int32 [ROWS, COLS], for the state elements first + row * stride + col.
+
+    Philox 4x32-10 with counter (i // 8, step, stream): element i takes half i % 2 of word
+    (i % 8) // 2. BY_EIGHT: `first` and `stride` are multiples of 8, one call serves 8 elements.
+    """
+    rows = tl.arange(0, ROWS)[:, None].to(tl.int64)
+    if BY_EIGHT:
+        group = ((first + rows * stride) >> 3) + tl.arange(0, COLS // 8)[None, :]  # [ROWS, COLS // 8]
+        w0, w1, w2, w3 = _philox(group, seed, step, stream)
+        words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # [ROWS, COLS // 2]
+        return tl.interleave((words & 0xFFFF).to(tl.int32), (words >> 16).to(tl.int32))
+    index = first + rows * stride + tl.arange(0, COLS)[None, :]
+    w0, w1, w2, w3 = _philox(index >> 3, seed, step, stream)
+    which = (index >> 1) & 3
+    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+    return tl.where((index & 1) == 1, word >> 16, word & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def _philox(group, seed, step, stream):
+    low = (group & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(seed, low, (group >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero + stream.to(tl.uint32))
+
+
+# -- scoring: small differences of exponentials ----------------------------------------------
+
+TAYLOR = tl.constexpr(0.015625)  # below it four terms of expm1 are exact to 5e-10 relative
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 in float32 without cancellation, to 3e-7 relative; one branch for the whole tile."""
+    if tl.max(tl.abs(x), axis=0) <= TAYLOR:
+        return x * (1.0 + x * (0.5 + x * (0.16666667 + x * 0.041666668)))
+    series = 2.7557319e-6 + x * 2.7557319e-7
+    series = 1.9841270e-4 + x * (2.4801587e-5 + x * series)
+    series = 8.3333333e-3 + x * (1.3888889e-3 + x * series)
+    series = 0.16666667 + x * (4.1666668e-2 + x * series)
+    series = x * (1.0 + x * (0.5 + x * series))
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def surprise(d):
+    """(1 + d) log(1 + d) - d for d > -1: the series d^2/2 - d^3/6 + ... where the form cancels."""
+    s = 0.0064102564 - d * 0.0054945055
+    s = 0.0090909091 - d * (0.0075757576 - d * s)
+    s = 0.013888889 - d * (0.011111111 - d * s)
+    s = 0.023809524 - d * (0.017857143 - d * s)
+    s = 0.05 - d * (0.033333333 - d * s)
+    s = 0.16666667 - d * (0.083333333 - d * s)
+    small = d * d * (0.5 - d * s)
+    one = tl.maximum(1.0 + d, 1e-37)
+    return tl.where(tl.abs(d) < 0.25, small, one * tl.log(one) - d)
