@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .binding import BoundParam, BoundSelection
+from .binding import BoundSelection
 from .ops.head_adamw import head_adamw_, head_grad_norm
 from .ops.updates import Update, hypers_of
-from .state import FORMAT, HALVES, MOMENTS, VERSION, Slot, check_description, checked_precision, read_state, regrown
+from .state import (
+    FORMAT, HALVES, MOMENTS, VERSION, Slot, check_description, check_grad, check_param, check_state, checked_precision,
+    read_state, regrown, whole,
+)
 
 OURS = ("master", "moment_dtype")  # entries of a param group that torch.optim.AdamW does not have
 
@@ -131,9 +134,9 @@ class HeadAdamW(torch.optim.Optimizer):
                 raise ValueError("HeadAdamW is not differentiable: its step writes in place; pass differentiable=False")
             names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
             for name, param in zip(names, group["params"], strict=True):
-                part = _whole(name, param) if chosen is None else chosen.pop(id(param), None)
+                part = whole(name, param) if chosen is None else chosen.pop(id(param), None)
                 if part is not None:
-                    _check_param(part)
+                    check_param(part)
                     half = param.dtype in HALVES
                     slots[param] = Slot(part, part.ranges, stream, group["master"] if half else None,
                                         torch.float64 if param.dtype == torch.float64 else group["moment_dtype"])
@@ -166,14 +169,14 @@ class HeadAdamW(torch.optim.Optimizer):
         ready = [(group, self._slots[param]) for group in self.param_groups for param in group["params"]
                  if param in self._slots and param.grad is not None]
         for _, slot in ready:
-            _check_grad(slot)
+            check_grad(slot)
         if not ready:
             return loss
         fresh = {slot.param: slot.new_state(amsgrad=group["amsgrad"], device_step=group["capturable"])
                  for group, slot in ready if not self.state.get(slot.param)}
         states = [fresh.get(slot.param) or self.state[slot.param] for _, slot in ready]
         for (group, slot), state in zip(ready, states, strict=True):
-            _check_state(slot, state, group["amsgrad"])
+            check_state(slot, state, group["amsgrad"])
         steps = [state["step"] for state in states]
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not all(step.is_cuda for step in steps):
@@ -255,7 +258,10 @@ class HeadAdamW(torch.optim.Optimizer):
 
         def take(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             read.update(self._read(saved))
-            return {**saved, "state": {}}  # torch would cast every tensor to the parameter's dtype
+            groups = [{**theirs, **{key: ours[key] for key in OURS}}
+                      for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=False)]
+            # Without the state: torch would cast every tensor of it to the parameter's dtype.
+            return {**saved, "state": {}, "param_groups": groups if read else saved["param_groups"]}
 
         handle = self.register_load_state_dict_pre_hook(take)  # the last to run: it sees what others made
         try:
@@ -267,6 +273,8 @@ class HeadAdamW(torch.optim.Optimizer):
 
     def _read(self, saved: dict[str, Any]) -> dict[str, Any]:
         """The slots, states and seed of a state dict, checked."""
+        if not isinstance(saved.get("param_groups"), list) or not isinstance(saved.get("state"), dict):
+            raise ValueError(f"expected a state dict with 'state' and 'param_groups'; this has {sorted(map(str, saved))}")
         sizes = [len(group["params"]) for group in saved["param_groups"]]
         if sizes != [len(group["params"]) for group in self.param_groups]:
             return {}  # torch says what is wrong
@@ -282,7 +290,7 @@ class HeadAdamW(torch.optim.Optimizer):
                 slots[param], states[param] = read_state(
                     slot, entry, described and described[key], amsgrad=group.get("amsgrad", False),
                     device_step=group.get("capturable", False))
-        return {"slots": slots, "states": states, "seed": saved.get("alps", {}).get("seed", self.seed)}
+        return {"slots": slots, "states": states, "seed": saved["alps"]["seed"] if "alps" in saved else self.seed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -301,36 +309,3 @@ class HeadAdamW(torch.optim.Optimizer):
     def _indices(self) -> dict[Tensor, int]:
         """Every parameter's number in a state dict: its position over all groups."""
         return {param: i for i, param in enumerate(p for group in self.param_groups for p in group["params"])}
-
-
-def _whole(name: str, param: Tensor) -> BoundParam:
-    return BoundParam(name, param, 0, ((0, param.shape[0] if param.ndim else 1),))
-
-
-def _check_param(part: BoundParam) -> None:
-    if hasattr(part.param, "_local_tensor"):
-        raise ValueError(f"{part.name} is a DTensor: HeadAdamW does not train sharded parameters yet")
-    if not part.param.is_floating_point():
-        raise ValueError(f"{part.name} has dtype {part.param.dtype}; HeadAdamW trains real floating-point parameters")
-    if part.param.layout != torch.strided:
-        raise ValueError(f"{part.name} has layout {part.param.layout}; HeadAdamW trains dense parameters")
-
-
-def _check_grad(slot: Slot) -> None:
-    grad, param = slot.param.grad, slot.param
-    if grad.layout != torch.strided:
-        raise RuntimeError(f"HeadAdamW does not support sparse gradients: that of {slot.name} is {grad.layout}")
-    if grad.shape != param.shape or grad.device != param.device or not grad.is_floating_point():
-        raise ValueError(f"{slot.name}: its gradient is {list(grad.shape)} {grad.dtype} on {grad.device}, expected"
-                         f" {list(param.shape)} floating point on {param.device}")
-
-
-def _check_state(slot: Slot, state: dict[str, Tensor], amsgrad: bool) -> None:
-    shape = slot.param.shape if slot.part.full else (slot.part.numel,)
-    for key in (*MOMENTS[:3 if amsgrad else 2], *([slot.low_key] if slot.low_key else [])):
-        value = state.get(key)
-        if value is None:
-            raise ValueError(f"{slot.name}: its state has no {key}; was amsgrad or master switched on after a step?")
-        if tuple(value.shape) != tuple(shape) or value.device != slot.param.device:
-            raise ValueError(f"{slot.name}: its {key} is {list(value.shape)} on {value.device}, expected"
-                             f" {list(shape)} on {slot.param.device}; was the model moved after the first step?")

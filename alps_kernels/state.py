@@ -196,6 +196,8 @@ def check_description(described: Any, slots: Mapping[int, Slot]) -> dict[int, di
     theirs = described.get("params")
     if not isinstance(theirs, Mapping) or not all(isinstance(entry, Mapping) for entry in theirs.values()):
         raise ValueError("the entry 'alps' of the state dict has no parameters")
+    if type(described.get("seed")) is not int or not 0 <= described["seed"] < 2**64:
+        raise ValueError(f"the saved seed is {described.get('seed')!r}; expected a whole number below 2**64")
     differences = []
     for index in sorted({*theirs, *slots}, key=str):
         if index not in slots:
@@ -239,3 +241,40 @@ def checked_precision(name: str, group: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: 8-bit moments are not implemented yet; take torch.bfloat16 or torch.float32")
     if group["moment_dtype"] not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{name}: moment_dtype is {group['moment_dtype']!r}; expected torch.float32 or torch.bfloat16")
+
+
+def whole(name: str, param: Tensor) -> BoundParam:
+    """All of a parameter."""
+    return BoundParam(name, param, 0, ((0, param.shape[0] if param.ndim else 1),))
+
+
+def check_param(part: BoundParam) -> None:
+    """Raises ValueError where the parameter is of a sort that does not train here."""
+    if hasattr(part.param, "_local_tensor"):
+        raise ValueError(f"{part.name} is a DTensor: HeadAdamW does not train sharded parameters yet")
+    if not part.param.is_floating_point():
+        raise ValueError(f"{part.name} has dtype {part.param.dtype}; HeadAdamW trains real floating-point parameters")
+    if part.param.layout != torch.strided:
+        raise ValueError(f"{part.name} has layout {part.param.layout}; HeadAdamW trains dense parameters")
+
+
+def check_grad(slot: Slot) -> None:
+    """Raises RuntimeError where the gradient is sparse, ValueError where it does not fit."""
+    grad, param = slot.param.grad, slot.param
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"HeadAdamW does not support sparse gradients: that of {slot.name} is {grad.layout}")
+    if grad.shape != param.shape or grad.device != param.device or not grad.is_floating_point():
+        raise ValueError(f"{slot.name}: its gradient is {list(grad.shape)} {grad.dtype} on {grad.device}, expected"
+                         f" {list(param.shape)} floating point on {param.device}")
+
+
+def check_state(slot: Slot, state: dict[str, Tensor], amsgrad: bool) -> None:
+    """Raises ValueError where an entry is missing or does not fit the parameter."""
+    shape = slot.param.shape if slot.part.full else (slot.part.numel,)
+    for key in (*MOMENTS[:3 if amsgrad else 2], *([slot.low_key] if slot.low_key else [])):
+        value = state.get(key)
+        if value is None:
+            raise ValueError(f"{slot.name}: its state has no {key}; was amsgrad or master switched on after a step?")
+        if tuple(value.shape) != tuple(shape) or value.device != slot.param.device:
+            raise ValueError(f"{slot.name}: its {key} is {list(value.shape)} on {value.device}, expected"
+                             f" {list(shape)} on {slot.param.device}; was the model moved after the first step?")

@@ -71,13 +71,16 @@ def _sorted(updates: Sequence[Update], backend: str | None) -> tuple[list[Update
 def _plan(plans: Plans | None, key: tuple, updates: list[Update], seed: int) -> Plan:
     """The tables of this launch, those of an earlier step where they still hold."""
     known = plans.get(key) if plans is not None else None
-    layout = [(u.param.stride(), u.grad.stride(), u.blocks, u.n_hypers) for u in updates]
+    layout = [(u.param.shape, u.param.stride(), u.grad.stride(), u.blocks, u.n_hypers) for u in updates]
     pointers = [pointers_of(u, seed) for u in updates]
-    if known is None or known.layout != layout or not known.point(pointers):
-        known = Plan(updates, layout, pointers)
-        if plans is not None:
-            plans[key] = known
-    return known
+    if known is not None and known.layout == layout and known.point(pointers):
+        return known
+    made = Plan(updates, layout, pointers)
+    if plans is not None:
+        if known is not None and known.captured:
+            plans[key, id(known)] = known  # a CUDA graph still reads its tables
+        plans[key] = made
+    return made
 
 
 class Plan:
@@ -101,19 +104,31 @@ class Plan:
                       if tiles]
         self.pointers: list[tuple[int, ...]] = pointers
         self.table = torch.tensor(pointers, dtype=torch.int64).to(self.device)
-        self.ring = [Stage((first, len(Hyper._fields)), self.device) for _ in range(RING if self.device.type == "cuda" else 0)]
+        self.captured = False
+        self.pinned = torch.empty_like(self.table, device="cpu", pin_memory=self.device.type == "cuda")
+        depth = RING if self.device.type == "cuda" else 0
+        self.ring = [Stage((first, len(Hyper._fields)), self.device) for _ in range(depth)]
         self.turn = 0
 
     def point(self, pointers: list[tuple[int, ...]]) -> bool:
-        """Write the addresses again where one changed; False where one is not as aligned as it was."""
+        """Write the addresses again where one changed; False where this plan cannot take them."""
         if pointers == self.pointers:
+            self.captured |= self._capturing()
             return True
-        if any(fit and any(p % 16 for p in row[:6]) for fit, row in zip(self.fits, pointers, strict=True)):
+        still = (not fit or not any(p % 16 for p in row[:6]) for fit, row in zip(self.fits, pointers, strict=True))
+        if self.captured or not all(still):
             return False
         self.pointers = pointers
-        # A new table: kernels in flight may still read the old one.
-        self.table = torch.tensor(pointers, dtype=torch.int64).to(self.device)
+        if self._capturing():  # the graph copies from pinned memory, which then stays as it is
+            self.captured = True
+            self.pinned.copy_(torch.tensor(pointers, dtype=torch.int64))
+            self.table.copy_(self.pinned, non_blocking=True)
+        else:  # a new table: kernels in flight may still read the old one
+            self.table = torch.tensor(pointers, dtype=torch.int64).to(self.device)
         return True
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def step(self, updates: list[Update], control: Tensor | None) -> None:
         first = updates[0]
