@@ -214,7 +214,7 @@ class HeadLayout:
         sizes = []
         for unit in units:
             size: dict[str, int] = {}
-            for part in unit:
+            for part in {(p.param, p.dim, p.start): p for p in unit}.values():  # rows that are both k and v count once
                 numel = torch.Size(self.shapes[part.param]).numel()
                 extent = self.shapes[part.param][0] if part.dim == 0 else numel // self.shapes[part.param][0]
                 size[PART_OF[part.role]] = size.get(PART_OF[part.role], 0) + numel // extent * part.size

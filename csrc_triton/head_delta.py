@@ -127,10 +127,10 @@ def head_delta_scan_kernel(
 
 
 @triton.jit
-def _load_projection(
+def _form_projection(
     heads_ptr, mb_ptr, mt_ptr, md_ptr, d_model, stride_qb, stride_qt, SLOTS: tl.constexpr,
     BASE: tl.constexpr, TASK: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
-    K_PAD: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    V_PAD: tl.constexpr, ROWS: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """ROWS rows of W_h = q^T M and of its change dq^T M_T + q^T dM, row-major [ROWS * V_PAD]."""
     head, tile = tl.program_id(0), tl.program_id(1)
@@ -139,35 +139,35 @@ def _load_projection(
     qt_ptr = tl.load(entry + 1).to(tl.pointer_type(TASK))
     group = tl.load(entry + 2)
     rows = tile * ROWS + tl.arange(0, ROWS)
-    ks = tl.arange(0, K_PAD)
     vs = tl.arange(0, V_PAD)
-    in_q = (ks[:, None] < D_K) & (rows[None, :] < d_model)
-    offs_k = ks[:, None].to(tl.int64)
-    qb = tl.load(qb_ptr + offs_k * stride_qb + rows[None, :], mask=in_q, other=0.0).to(tl.float32)
-    qt = tl.load(qt_ptr + offs_k * stride_qt + rows[None, :], mask=in_q, other=0.0).to(tl.float32)
-    offs_m = group * (D_K * D_V) + offs_k * D_V + vs[None, :]
-    in_m = (ks[:, None] < D_K) & (vs[None, :] < D_V)
-    mb = tl.load(mb_ptr + offs_m, mask=in_m, other=0.0)
-    mt = tl.load(mt_ptr + offs_m, mask=in_m, other=0.0)
-    md = tl.load(md_ptr + offs_m, mask=in_m, other=0.0)
-    qb_rows = tl.trans(qb)
-    w = tl.dot(qb_rows, mb, input_precision=PRECISION)
-    dw = tl.dot(tl.trans(qt - qb), mt, input_precision=PRECISION)
-    dw = tl.dot(qb_rows, md, acc=dw, input_precision=PRECISION)
+    w = tl.zeros((ROWS, V_PAD), dtype=tl.float32)
+    dw = tl.zeros((ROWS, V_PAD), dtype=tl.float32)
+    for k in range(0, D_K, K_BLOCK):
+        ks = (k + tl.arange(0, K_BLOCK))[:, None]
+        in_q = (ks < D_K) & (rows[None, :] < d_model)
+        qb = tl.load(qb_ptr + ks.to(tl.int64) * stride_qb + rows[None, :], mask=in_q, other=0.0).to(tl.float32)
+        qt = tl.load(qt_ptr + ks.to(tl.int64) * stride_qt + rows[None, :], mask=in_q, other=0.0).to(tl.float32)
+        offs_m = group * (D_K * D_V) + ks * D_V + vs[None, :]
+        in_m = (ks < D_K) & (vs[None, :] < D_V)
+        mb = tl.load(mb_ptr + offs_m, mask=in_m, other=0.0)
+        mt = tl.load(mt_ptr + offs_m, mask=in_m, other=0.0)
+        md = tl.load(md_ptr + offs_m, mask=in_m, other=0.0)
+        qb_rows = tl.trans(qb)
+        w = tl.dot(qb_rows, mb, acc=w, input_precision=PRECISION)
+        dw = tl.dot(tl.trans(qt - qb), mt, acc=dw, input_precision=PRECISION)
+        dw = tl.dot(qb_rows, md, acc=dw, input_precision=PRECISION)
     mask = (rows[:, None] < d_model) & (vs[None, :] < D_V)
-    last = (rows[:, None] == d_model - 1) & (vs[None, :] == D_V - 1)
+    counted = mask & ((rows[:, None] != d_model - 1) | (vs[None, :] != D_V - 1))
     n: tl.constexpr = ROWS * V_PAD
-    mask = tl.reshape(mask, (n,))
-    counted = mask & (tl.reshape(last, (n,)) == 0)
     slot = head.to(tl.int64) * SLOTS + tile
-    return tl.reshape(w, (n,)), tl.where(mask, tl.reshape(dw, (n,)), 0.0), mask, counted, slot, head
+    return tl.reshape(w, (n,)), tl.reshape(dw, (n,)), tl.reshape(mask, (n,)), tl.reshape(counted, (n,)), slot, head
 
 
 @triton.jit
 def projection_stats_kernel(
     heads_ptr, mb_ptr, mt_ptr, md_ptr, stats_ptr, d_model, stride_qb, stride_qt, inv_tau,
-    BASE: tl.constexpr, TASK: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, K_PAD: tl.constexpr,
-    V_PAD: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, TASK: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
+    V_PAD: tl.constexpr, ROWS: tl.constexpr, K_BLOCK: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Pass A over W_h = q_h^T k_g v_g^T, formed in registers and never stored.
 
@@ -182,24 +182,24 @@ def projection_stats_kernel(
     Untouched  slots without a tile
     Bytes      one read of q of both models, of M once per program from L2
     """
-    w, dw, mask, _, slot, _ = _load_projection(
+    w, dw, mask, _, slot, _ = _form_projection(
         heads_ptr, mb_ptr, mt_ptr, md_ptr, d_model, stride_qb, stride_qt, SLOTS,
-        BASE, TASK, D_K, D_V, K_PAD, V_PAD, ROWS, PRECISION)
+        BASE, TASK, D_K, D_V, V_PAD, ROWS, K_BLOCK, PRECISION)
     _store_stats(w, dw, mask, slot, inv_tau, stats_ptr)
 
 
 @triton.jit
 def projection_scan_kernel(
     heads_ptr, mb_ptr, mt_ptr, md_ptr, table_ptr, carry_ptr, scans_ptr, d_model, stride_qb, stride_qt, inv_tau,
-    BASE: tl.constexpr, TASK: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, K_PAD: tl.constexpr,
-    V_PAD: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr, EXTRA: tl.constexpr,
+    BASE: tl.constexpr, TASK: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
+    V_PAD: tl.constexpr, ROWS: tl.constexpr, K_BLOCK: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr, EXTRA: tl.constexpr,
 ):
     """Pass B over W_h: as `head_delta_scan_kernel`, on the tiles of `projection_stats_kernel`.
 
     Shapes     table [n_heads, 4], carry [n_slots], scans [n_slots, 8] float32
     Bytes      a second read of q of both models
     """
-    w, dw, mask, counted, slot, head = _load_projection(
+    w, dw, mask, counted, slot, head = _form_projection(
         heads_ptr, mb_ptr, mt_ptr, md_ptr, d_model, stride_qb, stride_qt, SLOTS,
-        BASE, TASK, D_K, D_V, K_PAD, V_PAD, ROWS, PRECISION)
+        BASE, TASK, D_K, D_V, V_PAD, ROWS, K_BLOCK, PRECISION)
     _store_scan(w, dw, mask, slot, counted, head, inv_tau, table_ptr, carry_ptr, scans_ptr, EXTRA)

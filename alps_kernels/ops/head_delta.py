@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import reference
+from .delta_tables import LAUNCHABLE, Sums, flat_sums, projection_sums
+from .reference_scoring import LARGE
 
 METRICS = ("pad", "pad_index", "pad_values", "kl", "js", "cosine", "cosine_weights", "euclidean", "relative")
 
@@ -26,7 +29,8 @@ class Segment:
     index: tuple[int, ...]
 
 
-def head_delta(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
+def head_delta(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], *, temperature: float = 1.0,
+               backend: str | None = None) -> dict[str, Tensor]:
     """Distances between the heads of two models (DESIGN, Scores).
 
     A head's elements are its segments one after the other, each row-major.
@@ -35,6 +39,8 @@ def head_delta(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], *, t
         layers: for every layer its segments, e.g. of q, k and v.
         metrics: of `METRICS`.
         temperature: tau of the softmax, positive.
+        backend: "triton" to run the kernels whatever the device (in Triton's interpreter),
+            "reference" never to; default: the kernels on CUDA.
 
     Returns:
         For every metric float64 [heads of all layers], on the CPU.
@@ -43,11 +49,11 @@ def head_delta(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], *, t
         ValueError: segments do not fit together, or a weight is NaN or Inf: it names the head.
     """
     _check(layers, metrics, temperature)
-    return reference.head_delta(layers, metrics, temperature=temperature)
+    return _dispatch(layers, metrics, temperature, backend, projection=False)
 
 
 def head_delta_projection(layers: Sequence[tuple[Segment, Segment, Segment]], metrics: Sequence[str], *,
-                          temperature: float = 1.0) -> dict[str, Tensor]:
+                          temperature: float = 1.0, backend: str | None = None) -> dict[str, Tensor]:
     """Distances between the heads' W_h = q_h^T k_g v_g^T, [d, d_v] (paper, eq. 5).
 
     Args:
@@ -60,7 +66,57 @@ def head_delta_projection(layers: Sequence[tuple[Segment, Segment, Segment]], me
         if q.base.shape[1] != k.base.shape[1] or k.base.shape[2] != v.base.shape[2]:
             raise ValueError(f"layer {i}: q {list(q.base.shape)}, k {list(k.base.shape)} and v {list(v.base.shape)} "
                              "do not multiply to q^T k v^T")
-    return reference.head_delta_projection(layers, metrics, temperature=temperature)
+    return _dispatch(layers, metrics, temperature, backend, projection=True)
+
+
+def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str | None, projection: bool) -> dict[str, Tensor]:
+    """Layers of one kind in one launch each, the others and what the kernels do not do by the reference."""
+    plain = reference.head_delta_projection if projection else reference.head_delta
+    summed = [name for name in metrics if name != "pad_values"]  # a sort, which torch does well
+    extra = bool({"kl", "js", "cosine"} & set(metrics))
+    batches: dict[tuple | None, list[int]] = {}
+    for i, layer in enumerate(layers):
+        kernel = summed and (layer[0].base.is_cuda if backend is None else backend == "triton")
+        kernel = kernel and all(side.dtype in LAUNCHABLE for s in layer for side in (s.base, s.task))
+        kernel = kernel and not (projection and any(side.stride(2) != 1 for side in (layer[0].base, layer[0].task)))
+        batches.setdefault(_kind(layer, projection) if kernel else None, []).append(i)
+    found: list[dict[str, Tensor]] = [{} for _ in layers]
+    for i in batches.pop(None, []):
+        found[i] = plain([layers[i]], metrics, temperature=tau, first=i)
+    for indices in batches.values():
+        sums = (projection_sums if projection else flat_sums)([layers[i] for i in indices], tau, extra)
+        widths = [len(layers[i][0].index) for i in indices]
+        _refuse_unsound(sums, indices, widths)
+        far = (sums.largest > LARGE).split(widths)
+        columns = {name: values.cpu().split(widths) for name, values in sums.scores(summed).items()}
+        for at, i in enumerate(indices):
+            found[i] = {name: column[at] for name, column in columns.items()}
+            if "pad_values" in metrics:
+                found[i] |= plain([layers[i]], ["pad_values"], temperature=tau)
+            # A weight this far from its base overflows the kernels' expm1: such heads are rare.
+            if rows := far[at].nonzero().flatten().tolist():
+                some = [Segment(s.base, s.task, tuple(s.index[h] for h in rows)) for s in layers[i]]
+                for name, values in plain([some], summed, temperature=tau).items():
+                    found[i][name][rows] = values
+    empty = torch.empty(0, dtype=torch.float64)
+    return {name: torch.cat([empty, *(each[name] for each in found)]) for name in metrics}
+
+
+def _kind(layer: Sequence[Segment], projection: bool) -> tuple:
+    """What layers of one launch have in common."""
+    if not projection:
+        return (layer[0].base.device,)
+    q, k, v = layer
+    return (q.base.device, q.base.shape[1:], v.base.shape[1], q.base.dtype, q.task.dtype, q.base.stride(1), q.task.stride(1))
+
+
+def _refuse_unsound(sums: Sums, indices: Sequence[int], widths: Sequence[int]) -> None:
+    if bad := (~sums.sound).nonzero().flatten().tolist():
+        head = bad[0]
+        for i, width in zip(indices, widths, strict=True):
+            if head < width:
+                raise ValueError(f"head {head} of layer {i} of those given has NaN or Inf weights")
+            head -= width
 
 
 def _check(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], temperature: float) -> None:

@@ -24,20 +24,22 @@ SERIES = 0.03  # |delta| below which x log x - x + 1 is a series, to 3e-11 relat
 PADS = ("pad", "pad_index")
 
 
-def head_delta(layers: Sequence[Sequence[Any]], metrics: Sequence[str], *, temperature: float = 1.0) -> dict[str, Tensor]:
-    """See `ops.head_delta.head_delta`."""
-    return _scored((_rows(layer) for layer in layers), metrics, temperature)
+def head_delta(layers: Sequence[Sequence[Any]], metrics: Sequence[str], *, temperature: float = 1.0,
+               first: int = 0) -> dict[str, Tensor]:
+    """See `ops.head_delta.head_delta`; errors count layers from `first`."""
+    return _scored((_rows(layer) for layer in layers), metrics, temperature, first)
 
 
 def head_delta_projection(layers: Sequence[tuple[Any, Any, Any]], metrics: Sequence[str], *,
-                          temperature: float = 1.0) -> dict[str, Tensor]:
-    """See `ops.head_delta.head_delta_projection`."""
-    return _scored((_projected(*layer) for layer in layers), metrics, temperature)
+                          temperature: float = 1.0, first: int = 0) -> dict[str, Tensor]:
+    """See `ops.head_delta.head_delta_projection`; errors count layers from `first`."""
+    return _scored((_projected(*layer) for layer in layers), metrics, temperature, first)
 
 
-def _scored(layers: Iterator[Iterator[tuple[Tensor, Tensor]]], metrics: Sequence[str], tau: float) -> dict[str, Tensor]:
+def _scored(layers: Iterator[Iterator[tuple[Tensor, Tensor]]], metrics: Sequence[str], tau: float,
+            first: int) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(layers, first):
         seen = 0
         for base, delta in layer:
             low, high = delta.aminmax(dim=1)
@@ -135,18 +137,25 @@ def _of_weights(base: Tensor, delta: Tensor, wanted: set[str]) -> dict[str, Tens
 
 
 def _one_minus_cosine(a: Tensor, d: Tensor) -> Tensor:
-    """1 - cos(a, a + d) per row, from the part of d across a: no difference of near-equal numbers.
+    """1 - cos(a, a + d) per row, from the part of d across a: no difference of near-equal numbers."""
+    squares, dots = a.square().sum(1), (a * d).sum(1)
+    across = (d - torch.where(squares > 0, dots / squares, 0.0)[:, None] * a).square().sum(1)
+    return _cosine(squares, dots, across)
 
-    A row of zeros is at distance 0 from itself and 1 from anything else.
-    """
-    norm = a.norm(dim=1)
-    along = (a * d).sum(1) / norm.square()
-    across = (d - along[:, None] * a).square().sum(1)
-    alpha = norm * (1 + along)  # length of a + d along a
+
+def cosine_distance(squares: Tensor, dots: Tensor, moved: Tensor) -> Tensor:
+    """1 - cos(a, a + d) from the sums of a^2, a d and d^2, float64."""
+    return _cosine(squares, dots, (moved - torch.where(squares > 0, dots.square() / squares, 0.0)).clamp(min=0))
+
+
+def _cosine(squares: Tensor, dots: Tensor, across: Tensor) -> Tensor:
+    """`across`: the squared length of d's part across a. A zero vector is at 0 from itself, at 1 from any other."""
+    norm = squares.sqrt()
+    alpha = norm + dots / norm  # length of a + d along a
     length = (alpha.square() + across).sqrt()
     exact = torch.where(alpha > 0, across / (length * (length + alpha)), 1 - alpha / length)
-    zeros = torch.where((norm == 0) & (d == 0).all(1), 0.0, 1.0)
-    return torch.where((norm == 0) | (length == 0), zeros, exact)
+    degenerate = torch.where((squares == 0) & (across == 0), 0.0, 1.0)
+    return torch.where((squares == 0) | (length == 0), degenerate, exact)
 
 
 def _of_probabilities(base: Tensor, delta: Tensor, wanted: set[str], tau: float, largest: Tensor) -> dict[str, Tensor]:

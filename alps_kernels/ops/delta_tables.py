@@ -1,0 +1,176 @@
+"""The launches of the scoring kernels: work lists, carries between tiles, and what the sums mean."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import device_code, on_device, triton_type
+from .reference_scoring import cosine_distance
+
+BLOCK = 2048  # elements of a tile: 16 for each thread of 4 warps
+ROWS, K_BLOCK = 16, 32  # of a projection's tile; with d_v = 128 a tile is 2,048 elements
+STATS, SCANS, HEADS = 8, 8, 4  # columns of the kernels' tables
+LAUNCHABLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Launch(NamedTuple):
+    """One kind of tile of the work list."""
+
+    base: torch.dtype
+    task: torch.dtype
+    flat: bool
+
+
+def flat_sums(layers: Sequence[Sequence[Any]], tau: float, extra: bool) -> Sums:
+    """Both passes over heads whose elements are stored (every representation but `projection`)."""
+    device = layers[0][0].base.device
+    slots = max(sum(-(-s.base[0].numel() // BLOCK) for s in layer) for layer in layers)
+    tiles, segments, sizes = _work_list(layers, slots)
+    tiles = {key: table.to(device) for key, table in tiles.items()}
+    segments = segments.to(device)
+    kernels = device_code("head_delta")
+    sums = Sums(len(sizes), slots, torch.tensor(sizes, dtype=torch.float64, device=device))
+    common = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": False}
+    with on_device(device):
+        for key, table in tiles.items():
+            kernels.head_delta_stats_kernel[(len(table),)](
+                table, segments, sums.stats, 1 / tau, BASE=triton_type(key.base), TASK=triton_type(key.task),
+                FLAT=key.flat, **common)
+        heads, carry = sums.between()
+        for key, table in tiles.items():
+            kernels.head_delta_scan_kernel[(len(table),)](
+                table, segments, heads, carry, sums.scans, 1 / tau, BASE=triton_type(key.base),
+                TASK=triton_type(key.task), FLAT=key.flat, EXTRA=extra, SLOTS=slots, **common)
+    return sums
+
+
+def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, extra: bool) -> Sums:
+    """Both passes over W_h = q_h^T k_g v_g^T of layers of one shape, strides and dtypes."""
+    q, _, v = layers[0]
+    device, (d_k, d_model), d_v = q.base.device, q.base.shape[1:], v.base.shape[1]
+    slots = -(-d_model // ROWS)
+    rows, products = [], ([], [], [])
+    for q, k, v in layers:
+        pairs = {pair: i for i, pair in enumerate(dict.fromkeys(zip(k.index, v.index, strict=True)))}
+        first = sum(map(len, products[0]))
+        for out, product in zip(products, _group_products(k, v, list(pairs)), strict=True):
+            out.append(product)
+        rows += [(address(q.base, i), address(q.task, i), first + pairs[pair])
+                 for i, pair in zip(q.index, zip(k.index, v.index, strict=True), strict=True)]
+    where = torch.tensor(rows, dtype=torch.int64).to(device)
+    m_base, m_task, m_delta = (torch.cat(product).float() for product in products)
+    kernels = device_code("head_delta")
+    sums = Sums(len(rows), slots, torch.full((len(rows),), float(d_model * d_v), dtype=torch.float64, device=device))
+    common = {
+        "BASE": triton_type(q.base.dtype), "TASK": triton_type(q.task.dtype), "D_K": d_k, "D_V": d_v,
+        "V_PAD": max(16, 1 << (d_v - 1).bit_length()), "ROWS": ROWS, "K_BLOCK": K_BLOCK, "SLOTS": slots,
+        # Three passes of the tensor cores come to float32's precision; AMD's have float32 of their own.
+        "PRECISION": "ieee" if torch.version.hip else "tf32x3", "num_warps": 4, "enable_fp_fusion": True,
+    }
+    strides = (d_model, q.base.stride(1), q.task.stride(1), 1 / tau)
+    with on_device(device):
+        kernels.projection_stats_kernel[(len(rows), slots)](where, m_base, m_task, m_delta, sums.stats, *strides, **common)
+        heads, carry = sums.between()
+        kernels.projection_scan_kernel[(len(rows), slots)](
+            where, m_base, m_task, m_delta, heads, carry, sums.scans, *strides, EXTRA=extra, **common)
+    return sums
+
+
+def _group_products(k: Any, v: Any, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """M_B, M_T and dM = dk v_T^T + k_B dv^T of every group, float64 [groups, d_k, d_v]."""
+    k_base, k_task = (side[[p[0] for p in pairs]].double() for side in (k.base, k.task))
+    v_base, v_task = (side[[p[1] for p in pairs]].double() for side in (v.base, v.task))
+    return (k_base @ v_base.mT, k_task @ v_task.mT,
+            (k_task - k_base) @ v_task.mT + k_base @ (v_task - v_base).mT)
+
+
+def address(blocks: Tensor, i: int) -> int:
+    return blocks.data_ptr() + i * blocks.stride(0) * blocks.element_size()
+
+
+def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[Launch, Tensor], Tensor, list[int]]:
+    """Tiles by launch (int64 [n, 5]: segment, start, count, slot, is last), segments (int64 [n, 8]), sizes of heads.
+
+    A segment is one matrix of one head: addresses in both models, cols, row and column strides.
+    """
+    tiles, segments, sizes = defaultdict(list), [], []
+    n_segments = 0
+    for layer in layers:
+        heads = torch.arange(len(layer[0].index))
+        first_slot = (len(sizes) + heads) * slots
+        for position, s in enumerate(layer):
+            size, (n_rows, cols) = s.base[0].numel(), s.base.shape[1:]
+            index = torch.tensor(s.index)
+            where = [side.data_ptr() + index * (side.stride(0) * side.element_size()) for side in (s.base, s.task)]
+            fixed = torch.tensor([cols, *s.base.stride()[1:], *s.task.stride()[1:], 0]).expand(len(heads), -1)
+            segments.append(torch.cat([torch.stack(where, 1), fixed], 1))
+            start = torch.arange(0, size, BLOCK)
+            count = (size - start).clamp(max=BLOCK)
+            last = torch.zeros_like(start)
+            last[-1] = position == len(layer) - 1
+            grid = torch.stack(torch.broadcast_tensors(
+                (n_segments + heads)[:, None], start, count, first_slot[:, None] + torch.arange(len(start)), last), -1)
+            flat = all(side[0].is_contiguous() and bool((w % 16 == 0).all())
+                       for side, w in zip((s.base, s.task), where, strict=True)) and size % 16 == 0
+            tiles[Launch(s.base.dtype, s.task.dtype, flat)].append(grid.flatten(0, 1))
+            n_segments += len(heads)
+            first_slot = first_slot + len(start)
+        sizes += [sum(s.base[0].numel() for s in layer)] * len(heads)
+    return {key: torch.cat(grids) for key, grids in tiles.items()}, torch.cat(segments), sizes
+
+
+class Sums:
+    """What both passes leave behind, and what it comes to in float64.
+
+    Attributes:
+        stats, scans: float32 [heads * slots, 8], a row a tile; see the kernels for the columns.
+    """
+
+    def __init__(self, heads: int, slots: int, sizes: Tensor) -> None:
+        self.sizes, self.shape = sizes, (heads, slots)
+        self.stats = torch.zeros(heads * slots, STATS, device=sizes.device)
+        self.stats[:, 0] = float("-inf")
+        self.scans = torch.zeros(heads * slots, SCANS, device=sizes.device)
+
+    def between(self) -> tuple[Tensor, Tensor]:
+        """After pass A: per head (max, r, 1 / (1 + r)) and per tile the CDF difference before it, times Z_T."""
+        stats = self.stats.view(*self.shape, STATS).double()
+        top = stats[:, :, 0].amax(1, keepdim=True)
+        scale = (stats[:, :, 0] - top).exp()
+        weight, moved = scale * stats[:, :, 1], scale * stats[:, :, 2]
+        self.z_base, shift = weight.sum(1), moved.sum(1)
+        self.z_task = self.z_base + shift
+        r = (shift / self.z_base)[:, None]
+        change = moved - r * weight
+        carry = change.cumsum(1) - change
+        heads = torch.cat([top, r, 1 / (1 + r), torch.zeros_like(r)], 1).float()
+        self.squares = stats[:, :, 3:6].sum(1)
+        self.largest = stats[:, :, 6].amax(1)
+        return heads, carry.float().flatten()
+
+    @property
+    def sound(self) -> Tensor:
+        """Which heads have finite weights."""
+        return self.squares.isfinite().all(1)
+
+    def scores(self, metrics: Sequence[str]) -> dict[str, Tensor]:
+        """Every metric that is a sum over tiles, float64 [heads]."""
+        dd, bb, bd = self.squares.unbind(1)
+        steps, kl, js, aa, ac, cc = self.scans.view(*self.shape, SCANS).double().sum(1).unbind(1)[:6]
+        every = {
+            "pad_index": lambda: steps / self.z_task,
+            "pad": lambda: steps / self.z_task / (self.sizes - 1).clamp(min=1),
+            "kl": lambda: kl / self.z_base,
+            "js": lambda: js / self.z_base,
+            "cosine": lambda: cosine_distance(
+                aa / self.z_base**2, ac / (self.z_base * self.z_task), cc / self.z_task**2),
+            "cosine_weights": lambda: cosine_distance(bb, bd, dd),
+            "euclidean": lambda: dd.sqrt(),
+            "relative": lambda: torch.where(dd == 0, 0.0, (dd / bb).sqrt()),
+        }
+        return {name: every[name]() for name in metrics}

@@ -1,0 +1,142 @@
+"""The scoring kernels, run by the interpreter, against a long-double oracle."""
+
+import pytest
+import torch
+
+from alps_kernels.ops import delta_tables
+from alps_kernels.ops.head_delta import METRICS, Segment, head_delta, head_delta_projection
+from tests.delta_oracle import oracle, projection_oracle, stored_oracle
+
+# Sums in float32 of at most one tile, carried in float64; DESIGN asks for 1.5e-5 and aims at 1e-6.
+TOLERANCE = {name: 3e-6 for name in METRICS} | {"cosine_weights": 2e-5}
+SUMMED = [name for name in METRICS if name != "pad_values"]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(delta_tables, "BLOCK", 128)
+
+
+def pair(n, rows, cols, delta=1e-3, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = (0.05 * torch.randn(n, rows, cols, generator=generator)).to(dtype)
+    return base, (base.float() + delta * torch.randn(base.shape, generator=generator)).to(dtype)
+
+
+def segment(n, rows, cols, index=None, **options):
+    return Segment(*pair(n, rows, cols, **options), tuple(index if index is not None else range(n)))
+
+
+def close(found, expected, metrics=SUMMED):
+    for name in metrics:
+        error = ((found[name] - expected[name]).abs() / expected[name].abs().clamp(min=1e-300)).max()
+        assert error <= TOLERANCE[name], (name, float(error))
+
+
+@pytest.mark.parametrize("rows, cols, why", [
+    (4, 64, "two full tiles, contiguous"), (3, 21, "63: one masked tile"), (1, 257, "a tail of one element"),
+    (16, 40, "five tiles: carries add up"), (1, 16, "less than a tile")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_metric_equals_the_oracle(rows, cols, why, dtype):
+    layer = [segment(2, rows, cols, dtype=dtype, delta=1e-2)]
+    close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_small_differences_survive(delta):
+    layer = [segment(1, 16, 129, delta=delta)]
+    close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
+
+
+def test_grouped_heads_several_segments_and_layers_of_other_shapes():
+    group = (0, 0, 1, 1)
+    first = [segment(4, 8, 32), segment(2, 8, 32, group, seed=1), segment(2, 4, 32, group, seed=2)]
+    second = [segment(2, 5, 13, seed=3), segment(1, 5, 13, (0, 0), seed=4)]
+    close(head_delta([first, second], SUMMED, backend="triton"), stored_oracle([first, second]))
+
+
+def test_transposed_views_are_read_in_their_own_order():
+    base, task = pair(1, 24, 24)
+    blocks = [side[0].t().unflatten(0, (3, 8)) for side in (base, task)]  # a Conv1D weight, [heads, 8, 24]
+    layer = [Segment(*blocks, (0, 1, 2))]
+    close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
+
+
+def test_models_of_two_dtypes():
+    base, _ = pair(2, 8, 32)
+    layer = [Segment(base, (base + 1e-2 * torch.randn_like(base)).bfloat16(), (0, 1))]
+    close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
+
+
+@pytest.mark.parametrize("tau", [0.05, 1.0, 20.0])
+def test_temperature(tau):
+    layer = [segment(1, 8, 40, delta=1e-2)]
+    close(head_delta([layer], SUMMED, temperature=tau, backend="triton"), stored_oracle([layer], tau))
+
+
+def test_a_weight_far_from_its_base():
+    base, task = pair(2, 8, 40)
+    task[1, 3, 7] += 20.0
+    layer = [Segment(base, task, (0, 1))]
+    close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
+
+
+@pytest.mark.parametrize("d_k, d_v, d", [(16, 16, 40), (20, 24, 33), (64, 64, 48)])
+def test_projection_equals_the_oracle(d_k, d_v, d):
+    group = (0, 0, 1, 1)
+    layer = (segment(4, d_k, d, delta=1e-3), segment(2, d_k, d, group, seed=1), segment(2, d_v, d, group, seed=2))
+    other = (segment(2, d_k, d, seed=3), segment(2, d_k, d, seed=4), segment(2, d_v, d, seed=5))
+    found = head_delta_projection([layer, other], SUMMED, backend="triton")
+    close(found, projection_oracle([layer, other]))
+
+
+def test_identical_models_score_exactly_zero():
+    base, _ = pair(2, 8, 40)
+    found = head_delta([[Segment(base, base.clone(), (0, 1))]], METRICS, backend="triton")
+    assert all((values == 0).all() for values in found.values())
+
+
+def test_runs_are_equal_to_the_bit():
+    layer = [segment(3, 8, 100)]
+    first, second = (head_delta([layer], SUMMED, backend="triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in SUMMED)
+
+
+@pytest.mark.parametrize("which", ["base", "task"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_unsound_weights_are_refused_by_head(which, value):
+    base, task = pair(3, 8, 40)
+    (base if which == "base" else task)[2, 1, 1] = value
+    with pytest.raises(ValueError, match="head 2 of layer 1"):
+        head_delta([[segment(2, 8, 40)], [Segment(base, task, (0, 1, 2))]], SUMMED, backend="triton")
+
+
+def test_nothing_outside_the_views_is_read():
+    frame = torch.full((2, 10, 70), torch.nan)
+    base, task = pair(2, 8, 40)
+    views = []
+    for side in (base, task):
+        room = frame.clone()
+        room[:, 1:9, 15:55] = side
+        views.append(room[:, 1:9, 15:55])
+    found = head_delta([[Segment(*views, (0, 1))]], SUMMED, backend="triton")
+    close(found, stored_oracle([[Segment(base, task, (0, 1))]]))
+
+
+def test_the_oracle_sees_a_lost_carry(monkeypatch):
+    layer = [segment(1, 16, 40)]
+    between = delta_tables.Sums.between
+
+    def lost(self):
+        heads, carry = between(self)
+        return heads, torch.zeros_like(carry)
+
+    monkeypatch.setattr(delta_tables.Sums, "between", lost)
+    with pytest.raises(AssertionError):
+        close(head_delta([layer], ["pad"], backend="triton"), stored_oracle([layer]), ["pad"])
+
+
+def test_the_oracle_itself_sees_an_order():
+    base, task = pair(1, 8, 40)
+    flipped = oracle(base.flip(2).flatten(), task.flip(2).flatten())
+    assert abs(flipped["pad"] / oracle(base.flatten(), task.flatten())["pad"] - 1) > 1e-3
