@@ -59,7 +59,7 @@ CAPS: tuple[tuple[str, int | None], ...] = tuple((re.compile(pattern), cap) for 
     (r"chunk_size|mamba_chunk_size|block_size|index_block_size|index_topk", 8),
     (r"state_size|mamba_d_state|ssm_state_size", 16),
     (r".*(hidden|embed|embedding|embd|model|channels|output|projection|proj|adapter_in|adapter_out).*_?(size|dim|dimension|input_dim)"
-     r"|d_model|n_embd|dim|emb_dim|embed_dim|.*_width|output_channels|input_dim|ple_embed_dim", WIDTH),
+     r"|hidden_size_global|d_model|n_embd|dim|emb_dim|embed_dim|.*_width|output_channels|input_dim|ple_embed_dim", WIDTH),
     (r"ngram_vocab_size_base", 500),
     (r"num_mel_bins|feature_size|n_mel_bins", 16),
     (r"num_conv_pos_embeddings|conv_pos_kernel_size", 9),
@@ -90,6 +90,7 @@ OVERRIDES: dict[str, dict] = {
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 8},
     "helium": {"head_dim": WIDTH // HEADS},
     "pix2struct_text_model": {"d_kv": WIDTH // HEADS},
+    "blt": {"patching_threshold": 100.0},  # long patches: a lone token leaves a query nothing to choose
     "mobilebert": {"intra_bottleneck_size": 64, "true_hidden_size": 64, "embedding_size": WIDTH},
     "mistral4": {"rope_parameters.partial_rotary_factor": 1 / 3},
     "paddleocr_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [4, 2, 2]}},

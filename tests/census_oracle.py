@@ -68,7 +68,9 @@ class _Attends(torch.overrides.TorchFunctionMode):
         operand = args[0] if args else kwargs.get("query", kwargs.get("input"))
         if self.stack and isinstance(operand, Tensor):
             if name == "scaled_dot_product_attention":
-                self.found.setdefault(self.stack[-1], (operand.shape[-3],) if operand.ndim >= 4 else ())
+                # With one query token, the heads of a group may stand in the place of tokens.
+                heads, tokens = operand.shape[-3:-1] if operand.ndim >= 4 else (0, 0)
+                self.found.setdefault(self.stack[-1], (heads, heads * tokens) if heads else ())
             elif name in ("softmax", "_softmax") and operand.ndim == 4:
                 self.found.setdefault(self.stack[-1], tuple(operand.shape[1:3]))  # [batch, heads, tokens, keys] or heads third
         return func(*args, **kwargs)
@@ -142,6 +144,17 @@ def _without_norms(scope: nn.Module, enabled: bool) -> Iterator[None]:
             del norm.forward
 
 
+@contextlib.contextmanager
+def _held(param: Tensor | None) -> Iterator[Tensor | None]:
+    """The parameter, free to be overwritten: its values come back."""
+    saved = None if param is None else param.detach().clone()
+    try:
+        yield param
+    finally:
+        if param is not None:
+            param.copy_(saved)
+
+
 class Watch:
     """Runs the smallest called module around some parameters again and reads what an output parameter reads."""
 
@@ -213,21 +226,18 @@ class Watch:
         return seen[0]
 
     def _by_identity(self) -> Tensor:
-        """What the module returns while its (square) output parameter is the identity, its bias zero."""
-        if not isinstance(self.scope, nn.MultiheadAttention):
-            raise NotExercised("only nn.MultiheadAttention hides its output projection")
-        bias = getattr(self.owner, "bias", None)
-        saved = self.weight.detach().clone(), None if bias is None else bias.detach().clone()
-        with torch.no_grad():
-            self.weight.copy_(torch.eye(len(self.weight)))
+        """What the attention module returns while its (square) output parameter is the identity, without bias."""
+        with torch.no_grad(), _held(self.weight), _held(getattr(self.owner, "bias", None)) as bias:
             if bias is not None:
                 bias.zero_()
-            try:
-                out = self._run()
-            finally:
-                self.weight.copy_(saved[0])
-                if bias is not None:
-                    bias.copy_(saved[1])
+            self.weight.zero_()
+            if self._returned().any():
+                raise NotExercised("the module returns more than its output projection writes")
+            self.weight.copy_(torch.eye(len(self.weight)))
+            return self._returned()
+
+    def _returned(self) -> Tensor:
+        out = self._run()
         return out[0] if isinstance(out, tuple) else out
 
     def changed(self, perturb: Callable[[], None], restore: Callable[[], None]) -> tuple[Tensor, Tensor]:
@@ -277,6 +287,9 @@ def check_layer(model: nn.Module, recording: Recording, layer, seed: int = 0) ->
     units += [(f"group {g}", pieces, [h for h, own in enumerate(layer.group_of) if own == g])
               for g, pieces in enumerate(layer.groups)]
     for title, pieces, heads in units:
+        if not heads:
+            wrong.append(f"{layer.module} {title}: no head reads it")
+            continue
         expected = torch.zeros(watch.base.shape[1], dtype=torch.bool)
         for head in heads:
             expected[columns[head]] = True
@@ -383,7 +396,7 @@ def missed(model: nn.Module, recording: Recording, layout) -> list[str]:
     scopes = {layer.module: layer for layer in layout.layers}
     wrong = []
     params = dict(model.named_parameters(remove_duplicate=False))
-    claimed = {id(params[name]) for name in layout.shapes if name in params}
+    claimed = {id(params[p.param]) for layer in layout.layers for unit in (*layer.heads, *layer.groups) for p in unit}
     for module, heads in recording.attends.items():
         name = names.get(module)
         if name is None or type(module).__name__ in HEADLESS:
