@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alps_kernels import HeadScores, HeadSelection
+from alps_kernels.comparison import spearman
 from alps_kernels.layout import LayerSummary
-from alps_kernels.scores import spearman
 
 SUMMARY = [LayerSummary(f"layers.{i}.attn", (0, 0, 1, 1), {"q": 8, "o": 8}, {"k": 8, "v": 8}) for i in range(3)]
 PROVENANCE = {"models": {"base": {"name": "one"}, "task": {"name": "two"}}, "versions": {"torch": "2"}}

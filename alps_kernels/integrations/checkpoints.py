@@ -73,6 +73,7 @@ class Checkpoint:
         """
         params = list(params)
         known, converted = renamed(self.model, self.files.files)
+        _add_tied(self.model, known)
         if converted and not set(params) <= set(known):
             warnings.warn(f"{self.name}: transformers converts its attention weights while loading, so the whole "
                           "model is loaded instead of one layer at a time", stacklevel=4)
@@ -137,6 +138,17 @@ class Checkpoint:
         if lost := sorted(set(params) & set(report["missing_keys"])):
             raise ValueError(f"{self.path} does not hold {lost[0]}, says transformers, which loaded it")
         return model
+
+
+def _add_tied(model: nn.Module, known: dict[str, list[str]]) -> None:
+    """A weight tied to another is stored once: under whichever name, it is found under all of them."""
+    names: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    for twins in names.values():
+        stored = next((known[name] for name in twins if name in known), None)
+        if stored is not None:
+            known.update({name: stored for name in twins if name not in known})
 
 
 def _moved(name: str, pair: tuple[str, str]) -> str | None:
