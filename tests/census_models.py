@@ -91,7 +91,10 @@ OVERRIDES: dict[str, dict] = {
     "helium": {"head_dim": WIDTH // HEADS},
     "pix2struct_text_model": {"d_kv": WIDTH // HEADS},
     "blt": {"patching_threshold": 100.0},  # long patches: a lone token leaves a query nothing to choose
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
     "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": HEADS},
+    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": HEADS},
+    "nemotron3_diarization_audio": {"num_key_value_heads": HEADS},
     "mobilebert": {"intra_bottleneck_size": 64, "true_hidden_size": 64, "embedding_size": WIDTH},
     "mistral4": {"rope_parameters.partial_rotary_factor": 1 / 3},
     "paddleocr_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [4, 2, 2]}},
