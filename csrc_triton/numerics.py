@@ -61,7 +61,7 @@ def join_fp16(p, low):
 
 @triton.jit
 def split_fp16(x):
-    """float32 -> (float16, int16): exact from 2^-17 to the largest float16, below that to 2^-41."""
+    """float32 -> (float16, int16): exact from 2^-17 to the largest float16, below that to 2^-40."""
     p = x.to(tl.float16)
     wide = p.to(tl.float32)
     rest = tl.where(tl.abs(wide) <= FINITE, x - wide, 0.0) / unit_fp16(wide)  # by a power of two: exact
@@ -77,7 +77,7 @@ def round_stochastically(x, noise, DTYPE: tl.constexpr):
         moved = ((raw + noise) & -0x10000).to(tl.float32, bitcast=True)
     else:
         normal = ((raw + (noise & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True)
-        steps = tl.floor(tl.abs(x) * 16777216.0 + noise.to(tl.float32) * 1.52587890625e-05)  # subnormals: 2^-24 each
+        steps = tl.floor(tl.abs(x) * 16777216.0 + (noise & 0x1FFF).to(tl.float32) * 0.0001220703125)  # of 2^-24
         tiny = steps * 5.960464477539063e-08
         moved = tl.where(tl.abs(x) < 6.103515625e-05, tl.where(raw < 0, -tiny, tiny), normal)
     return tl.where(tl.abs(x) <= FINITE, moved, x).to(DTYPE)

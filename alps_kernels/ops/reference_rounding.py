@@ -28,7 +28,7 @@ def split_(master: Tensor, param: Tensor, low: Tensor | None) -> None:
 
     int16 beside bfloat16 holds the lower 16 bits: with rounding half up the pair is a bijection
     of all float32 but NaNs, which become one NaN. int16 beside float16 counts 65536ths of the
-    parameter's spacing: exact from 2^-17 up to the largest float16, below that to 2^-41.
+    parameter's spacing: exact from 2^-17 up to the largest float16, below that to 2^-40.
     A `low` of the parameter's dtype (Kahan) holds the rounded rest.
     """
     if low is None:
@@ -56,8 +56,7 @@ def round_stochastically(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Ten
     """float32 -> a neighbour in `dtype`, the nearer one the likelier; exact values stay.
 
     Args:
-        bits: whole numbers from 0 to 65535, int32 or int64; float16 uses the lower 13 bits of
-            normal numbers and all of subnormal ones.
+        bits: whole numbers from 0 to 65535, int32 or int64; float16 uses the lower 13 bits.
     """
     raw = value.contiguous().view(torch.int32)
     noise = bits.to(torch.int32)
@@ -65,7 +64,7 @@ def round_stochastically(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Ten
         moved = ((raw + noise) & -0x10000).view(torch.float32)
     else:
         normal = ((raw + (noise & 0x1FFF)) & -0x2000).view(torch.float32)
-        tiny = (value.abs() * 2.0**24 + noise.float() / 65536).floor() * 2.0**-24
+        tiny = (value.abs() * 2.0**24 + (noise & 0x1FFF).float() / 8192).floor() * 2.0**-24
         moved = torch.where(value.abs() < 2.0**-14, tiny.copysign(value), normal)
     return torch.where(value.isfinite(), moved, value).to(dtype)
 
