@@ -19,7 +19,7 @@ ALLOWED = {
     "selection": {"layout", "binding", "files"},
     "optimizer": {"ops", "binding", "state"},
     "state": {"ops", "binding"},
-    "heatmap": {"files", "selection"},
+    "heatmap": {"files", "scores", "selection"},
     "comparison": {"selection", "scores"},
     "scores": {"files", "selection", "layout", "heatmap", "comparison"},
     "representation": {"layout", "ops"},

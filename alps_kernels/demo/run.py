@@ -32,14 +32,14 @@ class Plan:
     """How much of everything the demonstration does; the defaults suit two CPU cores."""
 
     ratio: float = 0.10
-    task_steps: int = 75
+    task_steps: int = 50
     task_lr: float = 1e-4
-    head_steps: int = 75
+    head_steps: int = 60
     head_lr: float = 1e-3
     weight_decay: float = 0.1
     batch: int = 16
-    n_test: int = 128
-    windows: int = 8
+    n_test: int = 96
+    windows: int = 4
     seed: int = 0
 
 

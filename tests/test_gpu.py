@@ -1,0 +1,168 @@
+"""What only a GPU can show: kernels against references, streams, graphs, huge tensors, frozen bytes.
+
+Skipped without CUDA. The tests with `sanitizer` in their name are small: compute-sanitizer runs them.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from alps_kernels import HeadAdamW
+from alps_kernels.binding import BoundParam, BoundSelection, SelectionCount
+from alps_kernels.ops.head_delta import METRICS, Segment, head_delta, head_delta_projection
+from tests.delta_oracle import projection_oracle, stored_oracle
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def bound_to(*parts):
+    """A selection of (parameter, dim, ranges)."""
+    params = tuple(BoundParam(f"p{i}", p, dim, ranges) for i, (p, dim, ranges) in enumerate(parts))
+    return BoundSelection(None, params, "frozen", SelectionCount({}, {}))
+
+
+def make(dtype, device="cuda", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    params = [nn.Parameter(torch.randn(256, 192, generator=generator).to(device, dtype)),
+              nn.Parameter(torch.randn(128, 256, generator=generator).to(device, dtype)),
+              nn.Parameter(torch.randn(256, generator=generator).to(device, dtype))]
+    parts = ((params[0], 0, ((0, 64), (128, 192))), (params[1], 1, ((32, 64), (96, 160))), (params[2], 0, ((0, 63),)))
+    return params, bound_to(*parts)
+
+
+def set_grads(params, bound, step):
+    """Gradients that are NaN outside the selection."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for part in bound.params:
+        grad = torch.full_like(part.param, torch.nan)
+        for block in part.blocks(grad):
+            block.copy_(torch.randn(block.shape, generator=generator))
+        part.param.grad = grad
+
+
+def outside(part, tensor):
+    mask = torch.ones_like(tensor, dtype=torch.bool)
+    for block in part.blocks(mask):
+        block.fill_(False)
+    return tensor[mask].view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("master", ["split", "kahan", "stochastic", None])
+def test_steps_equal_the_reference_and_leave_the_rest_alone_sanitizer(dtype, master):
+    if dtype == torch.float32 and master not in ("split", None):
+        pytest.skip("masters are of 16-bit parameters")
+    sides = {}
+    for device in ("cuda", "cpu"):
+        params, bound = make(dtype, device)
+        before = [p.detach().clone() for p in params]
+        optimizer = HeadAdamW(params, lr=1e-2, weight_decay=0.1, heads=bound, master=master)
+        for step in range(5):
+            set_grads(params, bound, step)
+            optimizer.step()
+        for part, old in zip(bound.params, before, strict=True):
+            assert torch.equal(outside(part, part.param.detach()), outside(part, old))
+        sides[device] = [p.detach().float().cpu() for p in params]
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    for ours, reference in zip(sides["cuda"], sides["cpu"], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_equal_the_oracle_sanitizer(dtype):
+    group = (0, 0, 1, 1)
+    layer = []
+    for seed, (n, index) in enumerate(((4, (0, 1, 2, 3)), (2, group), (2, group))):
+        base = (0.05 * torch.randn(n, 64, 96, generator=torch.Generator().manual_seed(seed))).to(dtype)
+        task = (base.float() + 1e-2 * torch.randn(base.shape, generator=torch.Generator().manual_seed(9 + seed))).to(dtype)
+        layer.append((base, task, index))
+    there = tuple(Segment(b.cuda(), t.cuda(), i) for b, t, i in layer)
+    here = tuple(Segment(*entry) for entry in layer)
+    metrics = [m for m in METRICS if m != "cosine_weights"]
+    for found, expected in ((head_delta([there], metrics), stored_oracle([here])),
+                            (head_delta_projection([there], metrics), projection_oracle([here]))):
+        for name in metrics:
+            torch.testing.assert_close(found[name], expected[name], rtol=1.5e-5, atol=0, msg=name)
+
+
+def test_scores_are_equal_to_the_bit_from_run_to_run():
+    base = 0.02 * torch.randn(32, 128, 4096, device="cuda")
+    layer = [Segment(base.bfloat16(), (base + 1e-3 * torch.randn_like(base)).bfloat16(), tuple(range(32)))]
+    metrics = [m for m in METRICS if m != "pad_values"]
+    first, second = head_delta([layer], metrics), head_delta([layer], metrics)
+    assert all(torch.equal(first[name], second[name]) for name in metrics)
+
+
+def test_a_second_stream():
+    params, bound = make(torch.float32)
+    twin = [nn.Parameter(p.detach().clone()) for p in params]
+    twin_bound = bound_to(*((t, part.dim, part.ranges) for t, part in zip(twin, bound.params, strict=True)))
+    ours, other = HeadAdamW(params, heads=bound), HeadAdamW(twin, heads=twin_bound)
+    stream = torch.cuda.Stream()
+    for step in range(20):
+        set_grads(params, bound, step)
+        set_grads(twin, twin_bound, step)
+        ours.step()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            other.step()
+        torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(params, twin, strict=True))
+
+
+def test_a_graph_replays_with_a_changing_lr():
+    params, bound = make(torch.float32)
+    twin = [nn.Parameter(p.detach().clone()) for p in params]
+    twin_bound = bound_to(*((t, part.dim, part.ranges) for t, part in zip(twin, bound.params, strict=True)))
+    lr = torch.tensor(1e-2, device="cuda")
+    ours = HeadAdamW(params, lr=lr, heads=bound, capturable=True)
+    other = HeadAdamW(twin, lr=torch.tensor(1e-2, device="cuda"), heads=twin_bound, capturable=True)
+    set_grads(params, bound, 0)
+    set_grads(twin, twin_bound, 0)
+    for _ in range(3):
+        ours.step()
+        other.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for step in range(5):
+        for group in (ours.param_groups[0], other.param_groups[0]):
+            group["lr"].fill_(1e-2 / (step + 1))
+        graph.replay()
+        other.step()
+    for a, b in zip(params, twin, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+def test_more_than_two_to_the_31_elements():
+    rows = 2**31 // 4096 + 16
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB")
+    param = nn.Parameter(torch.zeros(rows, 4096, dtype=torch.bfloat16, device="cuda"))
+    param.grad = torch.ones_like(param)
+    optimizer = HeadAdamW([param], lr=1.0, weight_decay=0.0, heads=bound_to((param, 0, ((rows - 8, rows),))))
+    optimizer.step()
+    assert (param[-8:] == -1).all() and not param[:-8].any()
+
+
+def test_the_training_step_compiles():
+    model = nn.Linear(64, 64, bias=False).cuda()
+    plain = copy.deepcopy(model)
+    x = torch.randn(8, 64, device="cuda")
+
+    def train(model, optimizer):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ours = HeadAdamW(model.parameters(), heads=bound_to((model.weight, 0, ((0, 16),))))
+    other = HeadAdamW(plain.parameters(), heads=bound_to((plain.weight, 0, ((0, 16),))))
+    compiled = torch.compile(train)
+    for _ in range(3):
+        compiled(model, ours)
+        train(plain, other)
+    torch.testing.assert_close(model.weight, plain.weight, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model.weight[16:], plain.weight[16:])
