@@ -1,0 +1,182 @@
+"""The AdamW kernel under the interpreter: the formula in float64, the reference's bits, frozen bytes."""
+
+import pytest
+import torch
+from torch import nn
+
+from alps_kernels.binding import BoundParam
+from alps_kernels.ops.head_adamw import head_grad_norm
+from alps_kernels.optimizer import HeadAdamW
+from tests.optimizer_cases import (
+    assert_frozen, bind, fill_grads, make, oracle, run, same_bytes, selection, snapshot, toy,
+)
+
+ALIGNED = dict(rows=((0, 8), (16, 24)), cols=((0, 8), (16, 24)), bias=((8, 24),))
+ODD = dict(rows=((0, 7), (15, 24)), cols=((0, 5), (16, 19)), bias=((7, 20),))
+# float32: the kernel and the reference each round a dozen times; float16 and bfloat16 add the store
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def pair(dtype, ranges, seed=0, **options):
+    """The same run on the kernel and on the reference: (params, optimizer) of each."""
+    made = []
+    for backend in ("triton", "reference"):
+        params, _ = toy(dtype, seed=seed)
+        optimizer = make(params, selection(params, **ranges), **options)
+        optimizer._backend = backend
+        made.append((params, optimizer))
+    return made
+
+
+def agree(kernel, reference, dtype):
+    """16-bit weights bit for bit, but where float32 roundings fall on two sides of a tie: one in 500."""
+    for name in kernel:
+        a, b = kernel[name].detach(), reference[name].detach()
+        gap = (a.double() - b.double()).abs()
+        assert gap.max() <= TOLERANCE[dtype] * max(1.0, b.double().abs().max().item()), name
+        if dtype != torch.float32:
+            assert (gap > 0).double().mean() <= 1 / 500, name
+
+
+@pytest.mark.parametrize("ranges", [ALIGNED, ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize("dtype, master, moments, amsgrad", [
+    (torch.float32, None, torch.float32, False),
+    (torch.float32, None, torch.bfloat16, True),
+    (torch.bfloat16, None, torch.float32, False),
+    (torch.bfloat16, "split", torch.float32, True),
+    (torch.bfloat16, "kahan", torch.float32, False),
+    (torch.bfloat16, "stochastic", torch.bfloat16, True),
+    (torch.float16, "split", torch.float32, False),
+    (torch.float16, "kahan", torch.bfloat16, False),
+    (torch.float16, "stochastic", torch.float32, False),
+], ids=str)
+def test_head_adamw(ranges, dtype, master, moments, amsgrad):
+    (params, optimizer), (other, plain) = pair(dtype, ranges, master=master, moment_dtype=moments, amsgrad=amsgrad,
+                                               seed=3)
+    before = snapshot(params)
+    for p, o in ((params, optimizer), (other, plain)):
+        run(p, o, o.heads, 2)
+    assert_frozen(params, before, optimizer.heads)
+    agree(params, other, dtype)
+    for part in optimizer.heads.params:
+        mine, theirs = optimizer.state[part.param], plain.state[other[part.name]]
+        assert mine.keys() == theirs.keys()
+        for key in mine.keys() - {"step", "master_lo", "kahan"}:
+            torch.testing.assert_close(mine[key], theirs[key], rtol=1e-6 if moments == torch.float32 else 1e-2, atol=3e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_head_adamw_is_the_formula_in_float64(dtype):
+    (params, optimizer), _ = pair(dtype, ALIGNED)
+    start, generator, grads = snapshot(params), torch.Generator().manual_seed(1), []
+    for _ in range(3):
+        fill_grads(params, optimizer.heads, generator)
+        grads.append({name: p.grad.clone() for name, p in params.items()})
+        optimizer.step()
+    for name, want in oracle(start, optimizer.heads, grads).items():
+        error = (params[name].detach().double() - want).abs()
+        assert (error <= (want.abs() * torch.finfo(dtype).eps + 1e-6)).all(), name
+
+
+def test_the_split_master_is_bit_equal_to_the_reference_run():
+    (params, optimizer), (other, plain) = pair(torch.bfloat16, ALIGNED, lr=2e-5)
+    for p, o in ((params, optimizer), (other, plain)):
+        run(p, o, o.heads, 3)
+    from alps_kernels.ops.reference_rounding import join
+
+    for part in optimizer.heads.params:
+        mine, theirs = (join(part.cut(p[part.name].detach()), o.state[p[part.name]]["master_lo"].reshape(-1))
+                        for p, o in ((params, optimizer), (other, plain)))
+        assert ((mine - theirs).abs() <= 2.0**-23 * theirs.abs() + 1e-10).all()
+
+
+def test_maximize_zero_beta_and_groups_of_their_own():
+    made = []
+    for backend in ("triton", "reference"):
+        params, bound = toy()
+        groups = [dict(params=[params["rows"], params["frozen"]], maximize=True, betas=(0.0, 0.9), eps=1e-3),
+                  dict(params=[params["cols"], params["all"], params["bias"]], lr=0.3, weight_decay=0.5, betas=(0.4, 0.99))]
+        optimizer = HeadAdamW(groups, heads=bound)
+        optimizer._backend = backend
+        run(params, optimizer, bound, 2)
+        made.append(params)
+    agree(*made, torch.float32)
+
+
+def test_elements_of_different_ages_have_their_own_bias_correction():
+    made = pair(torch.float32, ALIGNED)
+    for params, optimizer in made:
+        run(params, optimizer, optimizer.heads, 2)
+        optimizer.set_heads(selection(params, rows=((4, 20),), cols=((4, 24),), bias=((0, 48),)))
+        run(params, optimizer, optimizer.heads, 2, seed=4)
+    agree(made[0][0], made[1][0], torch.float32)
+
+
+@pytest.mark.parametrize("ranges", [ALIGNED, ODD], ids=["aligned", "odd"])
+def test_scaling_and_clipping(ranges):
+    made = pair(torch.float32, ranges, max_grad_norm=0.5)
+    for params, optimizer in made:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+        run(params, optimizer, optimizer.heads, 2)
+    agree(made[0][0], made[1][0], torch.float32)
+    assert made[0][1].grad_norm.item() == pytest.approx(made[1][1].grad_norm.item(), rel=1e-6)
+
+
+def test_the_gradient_norm_is_of_the_selection_and_repeats():
+    (params, optimizer), _ = pair(torch.float32, ALIGNED)
+    caught = []
+    fill_grads(params, optimizer.heads, torch.Generator().manual_seed(0), outside=float("inf"))
+    original = optimizer._control
+    optimizer._control = lambda updates, found: caught.append(updates) or original(updates, found)
+    optimizer.step()
+    norms = [head_grad_norm(caught[0], backend="triton").item() for _ in range(2)]
+    want = torch.cat([part.cut(part.param.grad) for part in optimizer.heads.params]).double().norm().item()
+    assert norms[0] == norms[1] == pytest.approx(want, rel=1e-6)
+
+
+def test_skip_flag_of_the_device_moves_nothing():
+    from alps_kernels.ops.head_adamw import head_adamw_
+
+    (params, optimizer), _ = pair(torch.float32, ALIGNED)
+    caught = []
+    optimizer._control = lambda updates, found: caught.append(updates) or torch.tensor([1.0, 1.0])
+    before = snapshot(params)
+    run(params, optimizer, optimizer.heads, 1)
+    assert all(same_bytes(params[name], before[name]) for name in params)
+    assert not any(state["exp_avg"].any() for state in optimizer.state.values())
+    head_adamw_(caught[0], backend="triton")
+    assert_frozen(params, before, optimizer.heads)
+
+
+def test_strided_rows_and_gradients_of_another_layout():
+    torch.manual_seed(0)
+    base, grads = torch.randn(40, 40), torch.randn(3, 40, 48)
+    results = []
+    for backend in ("triton", "reference"):
+        memory = base.clone()
+        param = nn.Parameter(memory[:, :32])  # rows with a stride
+        optimizer = HeadAdamW([param], lr=1e-2, heads=bind(BoundParam("w", param, 0, ((4, 21), (30, 40)))))
+        optimizer._backend = backend
+        for grad in grads:
+            param.grad = grad[:, :32]
+            optimizer.step()
+        assert torch.equal(memory[:, 32:], base[:, 32:]) and torch.equal(memory[:4], base[:4])
+        results.append(param.detach())
+    assert (results[0] - results[1]).abs().max() < 1e-6 and not torch.equal(results[0], base[:, :32])
+
+
+def test_canaries_around_the_compact_state_live():
+    params, bound = toy(torch.bfloat16)
+    optimizer = make(params, selection(params, **ODD))
+    optimizer._backend = "triton"
+    run(params, optimizer, optimizer.heads, 1)
+    walls = []
+    for state in optimizer.state.values():
+        for key in ("exp_avg", "exp_avg_sq", "master_lo"):
+            inner = state[key]
+            memory = torch.full((inner.numel() + 64,), 77, dtype=inner.dtype)
+            memory[32:-32] = inner.reshape(-1)
+            state[key] = memory[32:-32].view(inner.shape)
+            walls.append(memory)
+    run(params, optimizer, optimizer.heads, 2)
+    assert all((memory[:32] == 77).all() and (memory[-32:] == 77).all() for memory in walls)
