@@ -123,6 +123,14 @@ def test_nothing_outside_the_views_is_read():
     close(found, stored_oracle([[Segment(base, task, (0, 1))]]))
 
 
+def test_each_model_has_strides_of_its_own():
+    base, task = pair(2, 8, 40)
+    wide = torch.full((2, 8, 50), torch.nan)
+    wide[:, :, 5:45] = task
+    found = head_delta([[Segment(base, wide[:, :, 5:45], (0, 1))]], SUMMED, backend="triton")
+    close(found, stored_oracle([[Segment(base, task, (0, 1))]]))
+
+
 def test_the_oracle_sees_a_lost_carry(monkeypatch):
     layer = [segment(1, 16, 40)]
     between = delta_tables.Sums.between
