@@ -65,6 +65,7 @@ def score_heads(
         FileNotFoundError: no such checkpoint, or a shard of it is missing.
     """
     metrics = _checked(metric, representation, temperature)
+    where = None if device is None else _device(device)
     first, second = _open(base, task, config)
     rename = pair_up(first, second)
     layers = first.layout.layers
@@ -74,7 +75,7 @@ def score_heads(
     first.prepare(params)
     second.prepare(rename(name) for name in params)
 
-    reader = _Reader(first, second, rename, device)
+    reader = _Reader(first, second, rename, where)
     compute = head_delta_projection if representation == "projection" else head_delta
     found: dict[str, list[Tensor]] = {name: [] for name in metrics}
     for batch in _bar(_batches(plan, reader), progress):
@@ -110,6 +111,14 @@ def _checked(metric: str | Sequence[str], representation: str, temperature: floa
     if not number or not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature!r}; expected a positive number")
     return metrics
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any of them, by its build
+        said = (str(error).splitlines() or ["it is not known"])[0]
+        raise ValueError(f"cannot compute on device {device!r}: {said}") from error
 
 
 def _open(base: Source, task: Source, config: Any) -> tuple[Weights, Weights]:
@@ -158,9 +167,8 @@ class _Reader:
     """Reads both models' weights of some layers, checks them, and cuts them into segments."""
 
     def __init__(self, base: Weights, task: Weights, rename: Callable[[str], str],
-                 device: str | torch.device | None) -> None:
-        self.base, self.task, self.rename = base, task, rename
-        self.device = None if device is None else torch.device(device)
+                 device: torch.device | None) -> None:
+        self.base, self.task, self.rename, self.device = base, task, rename, device
         self.identical = True
         self._dtypes: dict[str, set[str]] = {"base": set(), "task": set()}
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,11 +62,17 @@ def measure_here(base: str, task: str, representation: str) -> dict[str, float]:
         for name, moved in (("base", None), ("task", 9)):
             write_checkpoint(Path(folder) / name, tiny, 1, 0, moved)
         score_heads(Path(folder) / "base", Path(folder) / "task", representation=representation)
+    start = time.perf_counter()
+    peak, scores = peak_of(lambda: score_heads(base, task, representation=representation))
+    return {"seconds": time.perf_counter() - start, "heads": len(scores), "peak_mib": peak}
+
+
+def peak_of(fn: Callable[[], object]) -> tuple[float, object]:
+    """MiB that a call adds to what is resident at most, and what it returns."""
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    start = time.perf_counter()
-    scores = score_heads(base, task, representation=representation)
-    return {"seconds": time.perf_counter() - start, "heads": len(scores), "peak_mib": resident_mib("VmHWM") - before}
+    result = fn()
+    return resident_mib("VmHWM") - before, result
 
 
 def resident_mib(field: str) -> float:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import sys
 import warnings
 
 import pytest
@@ -395,6 +396,26 @@ def test_one_layer_at_a_time(tmp_path):
         patch.setattr(tensorfiles.TensorFiles, "read", watched)
         alps.score_heads(tmp_path / "base", tmp_path / "task")
     assert len(most) == 12 and max(most) <= 12  # q, k, v of two models, and of the layer before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_memory_does_not_grow_with_layers(tmp_path):
+    """Pages of mapped files count too: they must be let go of with their layer."""
+    from bench.bench_stream import peak_of, write_checkpoint
+    from bench.shapes import Shape
+
+    shape = Shape("wide", 8, 2048, 16, 1, 128)
+    folders = [tmp_path / "base", tmp_path / "task"]
+    for folder, delta_seed in zip(folders, (None, 7), strict=True):
+        write_checkpoint(folder, shape, 8, 0, delta_seed)
+
+    def score(layers):
+        return alps.score_heads(*folders, representation="q", metric="euclidean", attention=layers)
+
+    score([0])
+    one, eight = (peak_of(lambda layers=layers: score(layers))[0] for layers in ([0], range(8)))
+    seven_layers = 7 * 2 * 2 * 2048 * 16 * 128 / 2**20  # MiB of q in bf16, base and task: 112
+    assert eight - one < seven_layers / 3
 
 
 # -- real checkpoints ------------------------------------------------------------------------

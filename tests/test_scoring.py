@@ -218,6 +218,31 @@ def test_temperature_counts_and_is_kept():
     assert scores[0, 3] == pytest.approx(expected, rel=1e-6) and scores.temperature == 0.5
 
 
+def test_all_layers_at_once_score_the_same(monkeypatch):
+    """What a GPU is given: the segments of every layer in one call."""
+    from alps_kernels import scoring
+
+    base, task = llama(), moved(llama())
+    one_by_one = alps.score_heads(base, task, metric=METRICS, device="cpu")
+    monkeypatch.setattr(scoring._Reader, "at_once", True)
+    together = alps.score_heads(base, task, metric=METRICS)
+    assert all(torch.equal(together[name].tensor, one_by_one[name].tensor) for name in METRICS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_devices_agree(tmp_path):
+    base, task = llama(), moved(llama())
+    base.save_pretrained(tmp_path / "base")
+    expected = alps.score_heads(base, task, metric=METRICS)
+    on_gpu = copy.deepcopy(base).cuda(), copy.deepcopy(task).cuda()
+    for first, second, options in ((base, task, {"device": "cuda"}), (*on_gpu, {}), (on_gpu[0], task, {}),
+                                   (tmp_path / "base", task, {"device": "cuda"}), (*on_gpu, {"device": "cpu"})):
+        found = alps.score_heads(first, second, metric=METRICS, **options)
+        for name in METRICS:
+            assert torch.allclose(found[name].tensor, expected[name].tensor, rtol=1.5e-5, atol=0), (name, options)
+
+
 def test_models_are_left_alone():
     base, task = llama(), moved(llama())
     before = [copy.deepcopy(model.state_dict()) for model in (base, task)]
@@ -280,6 +305,7 @@ def test_stacked_views_and_copies():
     ({"temperature": math.nan}, "temperature is nan"),
     ({"temperature": math.inf}, "temperature is inf"),
     ({"temperature": "1"}, "temperature is '1'"),
+    ({"device": "abacus"}, "cannot compute on device 'abacus'"),
     ({"attention": "cross"}, "no attention called 'cross'"),
     ({"attention": [7]}, r"layers \[7\]"),
 ])
