@@ -1,0 +1,149 @@
+"""Every fault planted in the optimizer turns the check that is named beside it red."""
+
+import pytest
+import torch
+from torch import nn
+
+from alps_kernels import optimizer, state
+from alps_kernels.binding import BoundParam
+from alps_kernels.ops import adamw_tables, head_adamw, reference_adamw, reference_rounding, updates
+
+from . import test_adamw_tables, test_optimizer, test_optimizer_precision, test_optimizer_state
+from .mutants import plant
+
+formula = test_optimizer.test_float32_equals_the_formula_in_float64
+masked = test_optimizer.test_selected_slices_equal_torch_with_a_mask
+tiles = test_adamw_tables.test_tiles_cover_the_selection_exactly_once
+
+
+def frozen():
+    test_optimizer.test_every_byte_outside_the_selection_stays(torch.float32, float("nan"))
+
+
+def reselected():
+    test_optimizer_state.test_reselection_keeps_what_stays_and_starts_afresh_what_joins(
+        torch.float32, "split", torch.float32)
+
+
+def alignment():
+    part = BoundParam("o", nn.Parameter(torch.zeros(64, 96)), 1, ((30, 64),))
+    test_adamw_tables.test_alignment_is_found(lambda: part, False)
+
+
+def rounding():
+    test_optimizer_precision.test_stochastic_rounding_is_unbiased_and_goes_to_neighbours(torch.bfloat16)
+
+
+def all_heads(**options):
+    return lambda: test_optimizer.test_all_parameters_equal_torch_over_50_steps(options)
+
+
+def resume(master, moments):
+    return lambda: test_optimizer_state.test_resume_is_bit_equal_and_keeps_dtypes(torch.bfloat16, master, moments, 4)
+
+
+def refused(name):
+    case, message = next((c, m) for n, c, m in test_optimizer_state.refusals() if n == name)
+    return lambda: test_optimizer_state.test_state_of_another_selection_or_precision_is_refused_whole(case, message)
+
+
+MUL = "        torch._foreach_mul_(params, hyper.decay)\n"
+LAST = "    torch._foreach_addcdiv_(params, exp_avgs, roots, -hyper.step_size)\n"
+ROOT = "torch._foreach_sqrt(exp_avg_sqs if max_exp_avg_sqs is None else max_exp_avg_sqs)"
+INSIDE = "torch._foreach_sqrt(torch._foreach_add(exp_avg_sqs, hyper.eps))"
+
+FAULTS = {
+    "no decay": (reference_adamw, [(MUL, "        pass\n")], formula),
+    "decay after the update": (reference_adamw, [(MUL, "        pass\n"), (LAST, LAST + MUL[4:])], formula),
+    "decay in the gradient": (reference_adamw, [(MUL, "        torch._foreach_add_(grads, params, alpha=0.1)\n")], formula),
+    "eps inside the root": (reference_adamw, [(ROOT, INSIDE)], all_heads(eps=1e-3, betas=(0.0, 0.99))),
+    "no eps": (reference_adamw, [("    torch._foreach_add_(roots, hyper.eps)\n", "")], all_heads(eps=1e-3)),
+    "no first bias correction": (updates, [("lr / (1 - beta1**step)", "lr")], formula),
+    "no second bias correction": (updates, [("(1 - beta2**step) ** 0.5", "1.0")], formula),
+    "the step counted from zero": (updates, [("Hyper.of(group, step + 1)", "Hyper.of(group, max(step, 1))")], formula),
+    "betas swapped in the weights": (updates, [("1 - beta1, beta2", "1 - beta2, beta2")], formula),
+    "first moments do not decay": (reference_adamw, [("torch._foreach_lerp_(exp_avgs, grads, hyper.weight1)",
+                                                      "torch._foreach_add_(exp_avgs, grads, alpha=hyper.weight1)")], formula),
+    "maximize ignored": (updates, [('-1.0 if group["maximize"] else 1.0', "1.0")], all_heads(maximize=True)),
+    "the running maximum is a minimum": (reference_adamw, [("_foreach_maximum_", "_foreach_minimum_")],
+                                         all_heads(amsgrad=True)),
+    "the mask lost": (updates, [("matrix(tensor).narrow(self.dim, self.start, self.stop - self.start)",
+                                 "matrix(tensor).narrow(self.dim, 0, self.stop - self.start)")], frozen),
+    "the last block skipped": (state, [("        return tuple(blocks)\n", "        return tuple(blocks[:-1])\n")], masked),
+    "rows of state one block off": (state, [("at + (low - start) * other, other", "at, other")], reselected),
+    "columns of state one block off": (state, [("Block(1, low, edge, at + low - start", "Block(1, low, edge, at")],
+                                       reselected),
+    "joining elements inherit the age": (state, [("ages += [age[edge] for edge in edges[:-1]]",
+                                                  "ages += [max(age) for edge in edges[:-1]]")], reselected),
+    "moments lost on reselection": (state, [("new.cut(old.spread(value))", "new.cut(old.spread(value) * 0)")],
+                                    reselected),
+    "frozen parameters have state": (optimizer, [("chosen.pop(id(param), None)\n",
+                                                  "chosen.pop(id(param), None) or whole(name, param)\n")], frozen),
+    "found_inf ignored": (optimizer, [("if float(found_inf) != 0:", "if False:")],
+                          test_optimizer_precision.test_found_inf_moves_nothing_and_takes_no_step),
+    "found_inf takes a step": (optimizer, [("            if float(found_inf) != 0:\n",
+                                            "            if float(found_inf) != 0:\n"
+                                            "                torch._foreach_add_(steps, 1)\n")],
+                               test_optimizer_precision.test_found_inf_moves_nothing_and_takes_no_step),
+    "grad_scale ignored": (optimizer, [("factor = factor / torch.as_tensor(scale", "factor / torch.as_tensor(scale")],
+                           lambda: test_optimizer_precision.test_grad_scale_divides_the_gradients(None)),
+    "the norm counts everything": (reference_adamw, [("block.of(u.grad) if block is not None else u.grad", "u.grad")],
+                                   test_optimizer.test_max_grad_norm_counts_the_selected_slices_alone),
+    "gradients checked too late": (optimizer, [("        for _, slot in ready:\n            check_grad(slot)\n", "")],
+                                   lambda: test_optimizer.test_a_fault_in_the_last_parameter_moves_none(
+                                       lambda p: setattr(p["bias"], "grad", torch.zeros(48).to_sparse()),
+                                       RuntimeError, "sparse gradients: that of bias")),
+    "the cast to the parameter's dtype on loading": (state, [("device=slot.param.device, dtype=dtype)\n    return slot",
+                                                              "device=slot.param.device, dtype=slot.param.dtype)\n"
+                                                              "    return slot")],
+                                                    resume("split", torch.float32)),
+    "the seed not restored": (optimizer, [('saved["alps"]["seed"] if "alps" in saved else self.seed', "self.seed")],
+                              resume("stochastic", torch.bfloat16)),
+    "other ranges accepted": (state, [('("shape", "dim", "ranges", "master", "moment_dtype")',
+                                       '("shape", "dim", "master", "moment_dtype")')], refused("other rows")),
+    "other masters accepted": (state, [('"ranges", "master", "moment_dtype")\n', '"ranges", "moment_dtype")\n')],
+                               refused("master")),
+    "loaded state shared with the file": (state, [("(slot.cut(value) if dense else value.clone())",
+                                                   "(slot.cut(value) if dense and not slot.part.full else value)")],
+                                          test_optimizer_state.test_loading_does_not_share_memory_with_the_file),
+    "the lower half lost": (reference_rounding, [("low.copy_(bits - (high << 16))", "low.zero_()")],
+                            test_optimizer_precision.test_split_bfloat16_is_a_bijection),
+    "truncated instead of rounded": (reference_rounding, [("high = (bits + 0x8000) >> 16", "high = bits >> 16")],
+                                     test_optimizer_precision.test_the_bfloat16_half_is_the_nearest_and_nans_stay),
+    "stochastic rounding always up": (reference_rounding, [("((raw + noise) & -0x10000)", "((raw + 0xFFFF) & -0x10000)")],
+                                      rounding),
+    "philox of nine rounds": (reference_rounding, [("for _ in range(10):", "for _ in range(9):")],
+                              test_optimizer_precision.test_random_bits_are_philox),
+    "random bits of every step the same": (reference_rounding, [("torch.full_like(group, step & MASK32)",
+                                                                 "torch.full_like(group, 1)")],
+                                           test_optimizer_precision.test_random_bits_are_philox),
+    "second moments to nearest": (reference_adamw, [("target.copy_(round_stochastically(value, noise, target.dtype))",
+                                                     "target.copy_(value)")],
+                                  test_optimizer_precision.test_bfloat16_second_moments_do_not_stall),
+    "the last tile skipped": (adamw_tables, [("at = torch.arange(0, n, ROWS * COLS, dtype=torch.int64)",
+                                              "at = torch.arange(0, n, ROWS * COLS, dtype=torch.int64)[:-1]")], tiles),
+    "tiles past the end": (adamw_tables, [("(n - at).clamp(max=ROWS * COLS)", "(n - at) * 0 + ROWS * COLS")], tiles),
+    "columns past the end": (adamw_tables, [("(width - right).clamp(max=COLS)", "(width - right) * 0 + COLS")], tiles),
+    "rows past the end": (adamw_tables, [("(height - down).clamp(max=ROWS) * COLS", "(height - down) * 0 + ROWS * COLS")],
+                          tiles),
+    "the gradient's stride taken from the parameter": (adamw_tables, [("matrix(update.grad).stride(0)",
+                                                                       "matrix(update.param).stride(0)")], tiles),
+    "alignment taken for granted": (adamw_tables, [("(tiles[:, 2:] % VECTOR).any()", "False")], alignment),
+    "stale addresses": (head_adamw, [("        if pointers == self.pointers:\n", "        if pointers:\n")],
+                        test_adamw_tables.test_a_plan_is_kept_and_its_addresses_follow),
+    "a plan kept for other strides": (head_adamw, [("known.layout == layout and ", "")],
+                                      test_adamw_tables.test_a_plan_is_kept_and_its_addresses_follow),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_seen(name, monkeypatch):
+    module, edits, check = FAULTS[name]
+    plant(monkeypatch, module, *edits)
+    with pytest.raises(BaseException):  # an assertion, or what the faulty code raises itself
+        check()
+
+
+def test_checks_are_green_without_a_fault():
+    for check in {id(check): check for _, _, check in FAULTS.values()}.values():
+        check()
