@@ -24,9 +24,10 @@ demo: $(SETUP)
 demo-tiny: $(SETUP)
 	$(BIN)/alps demo --out $(OUT) --tiny
 
+# Two processes of one thread each; a file stays in one of them, so that a kernel is compiled once.
 test: $(SETUP)
-	$(BIN)/python -m pytest tests --ignore=tests/interpreted -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/interpreted -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not slow" -n 2 --dist loadfile
 
 census: $(SETUP)
 	$(BIN)/python -m tests.census --write-table

@@ -55,7 +55,7 @@ FAULTS = (
     fault("second moment of the plain gradient", NUMERICS, "weight2 * g * g", "weight2 * g", *FORMULA),
     fault("low half of the master is not read", NUMERICS, "(high + low.to(tl.int32))", "high", ADAMW, "-k", "split_master"),
     fault("master is truncated, not rounded", NUMERICS, "(bits + 0x8000) >> 16", "bits >> 16", ADAMW, "-k", "split_master"),
-    fault("skip flag is ignored", KERNEL, "if tl.load(control_ptr + 1) != 0.0:", "if tl.load(control_ptr + 1) != 7.0:",
+    fault("skip flag is ignored", KERNEL, "if tl.load(control_ptr + 1) != 0.0:", "if tl.load(control_ptr + 1) == 7.0:",
           ADAMW, "-k", "skip_flag"),
     fault("gradients are not unscaled", KERNEL, "factor *= tl.load(control_ptr)", "factor *= 1.0", ADAMW, "-k", "scaling"),
     fault("maximize is ignored", KERNEL, "factor = tl.load(hypers + 7)", "factor = 1.0", ADAMW, "-k", "maximize"),

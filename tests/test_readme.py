@@ -1,0 +1,49 @@
+"""The README says what is so: its figures come from committed files, its names exist."""
+
+import json
+import re
+from pathlib import Path
+
+import alps_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_compatibility_table_is_the_generated_one():
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    table = re.search(r"\| task \|.*?\n\n", page, re.S).group(0).strip()
+    assert table in README
+
+
+def test_every_public_name_it_uses_exists():
+    for name in set(re.findall(r"\balps(?:_kernels)?\.([A-Za-z_]+)\(", README)) - {"Path"}:
+        assert hasattr(alps_kernels, name), name
+    for name in set(re.findall(r"`HeadSelection\.([a-z_]+)`", README)):
+        assert hasattr(alps_kernels.HeadSelection, name), name
+
+
+def test_its_python_blocks_run(tmp_path, monkeypatch):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    LlamaForCausalLM(config).save_pretrained("base-checkpoint")
+    model = LlamaForCausalLM(config)
+    model.save_pretrained("task-checkpoint")
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(compile(block, "README.md", "exec"), {})
+    added = re.search(r"```diff\n(.*?)```", README, re.S).group(1)
+    lines = [line[2:] for line in added.splitlines() if line.startswith("+ ")]
+    scope = {"alps_kernels": alps_kernels, "torch": torch, "model": model}
+    exec(compile("\n".join(lines), "README.md", "exec"), scope)
+    assert len(scope["heads"]) == 1 and isinstance(scope["optimizer"], alps_kernels.HeadAdamW)
+
+
+def test_the_demo_figures_are_of_the_committed_run():
+    results = json.loads((ROOT / "docs" / "demo" / "results.json").read_text())
+    for measured in (results["base"], results["task_model"], results["after"]):
+        assert f"{measured['exact_match']:.1%}" in README
+        assert f"{measured['english_perplexity']:.2f}" in README and f"{measured['code_perplexity']:.2f}" in README
+    assert results["bytes_changed_outside"] == 0
