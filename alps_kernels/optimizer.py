@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -85,7 +86,7 @@ class HeadAdamW(torch.optim.Optimizer):
             raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
         self.heads, self.max_grad_norm, self.seed = heads, max_grad_norm, seed
         self.grad_norm: Tensor | None = None
-        self._plans: dict = {}
+        self._plans, self._known = {}, {}  # tables and arguments of the last step, for the next
         super().__init__(params, {**plain.defaults, "master": master, "moment_dtype": moment_dtype})
         self._slots: dict[Tensor, Slot] = self._make_slots(heads)
 
@@ -122,7 +123,7 @@ class HeadAdamW(torch.optim.Optimizer):
         for param in [p for p in self.state if p not in states]:
             del self.state[param]
         self.state.update(states)
-        self.heads, self._slots, self._plans = heads, slots, {}
+        self.heads, self._slots, self._plans, self._known = heads, slots, {}, {}
 
     def _make_slots(self, heads: BoundSelection | None) -> dict[Tensor, Slot]:
         chosen = None if heads is None else {id(part.param): part for part in heads.params}
@@ -139,7 +140,8 @@ class HeadAdamW(torch.optim.Optimizer):
                     check_param(part)
                     half = param.dtype in HALVES
                     slots[param] = Slot(part, part.ranges, stream, group["master"] if half else None,
-                                        torch.float64 if param.dtype == torch.float64 else group["moment_dtype"])
+                                        torch.float64 if param.dtype == torch.float64 else group["moment_dtype"],
+                                        param.dtype)
                 stream += 1
         if chosen:
             lost = next(iter(chosen.values()))
@@ -166,43 +168,57 @@ class HeadAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ready = [(group, self._slots[param]) for group in self.param_groups for param in group["params"]
-                 if param in self._slots and param.grad is not None]
-        for _, slot in ready:
-            check_grad(slot)
-        if not ready:
-            return loss
-        fresh = {slot.param: slot.new_state(amsgrad=group["amsgrad"], device_step=group["capturable"])
-                 for group, slot in ready if not self.state.get(slot.param)}
-        states = [fresh.get(slot.param) or self.state[slot.param] for _, slot in ready]
-        for (group, slot), state in zip(ready, states, strict=True):
-            check_state(slot, state, group["amsgrad"])
-        steps = [state["step"] for state in states]
+        updates = self._updates()
+        try:
+            self._apply(updates)
+        finally:
+            for update in updates:
+                update.release()
+        return loss
+
+    def _apply(self, updates: list[Update]) -> None:
+        steps = [update.state["step"] for update in updates]
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not all(step.is_cuda for step in steps):
             if float(found_inf) != 0:
-                return loss
+                return
             found_inf = None  # else it stays on the device, and decides there
-        updates = self._updates(ready, states)
+        if not updates:
+            return
         control = self._control(updates, found_inf)
-        self.state.update(fresh)
+        for update in updates:
+            self.state[update.param] = update.state
         head_adamw_(updates, control=control, seed=self.seed, plans=self._plans, backend=self._backend)
         torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]))
-        return loss
 
-    def _updates(self, ready: list[tuple[dict, Slot]], states: list[dict[str, Tensor]]) -> list[Update]:
-        hypers: dict[int, Any] = {}
-        by_group: dict[tuple, list[int]] = {}
-        for i, ((group, _), state) in enumerate(zip(ready, states, strict=True)):
-            by_group.setdefault((id(group), state["step"].device), []).append(i)
-        for members in by_group.values():
-            rows = hypers_of(ready[members[0]][0], [states[i]["step"] for i in members])
-            hypers.update(zip(members, rows, strict=True))
-        return [Update(slot.name, slot.param, slot.param.grad,
-                       None if slot.part.full and len(hypers[i]) == 1 else slot.blocks,
-                       state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
-                       state[slot.low_key] if slot.low_key else None, slot.master, hypers[i], slot.stream)
-                for i, ((group, slot), state) in enumerate(zip(ready, states, strict=True))]
+    def _updates(self) -> list[Update]:
+        """What the op takes, checked: for every parameter with a gradient, that of the last step where it holds."""
+        updates, members = [], defaultdict(list)
+        for group in self.param_groups:
+            for param in group["params"]:
+                slot = self._slots.get(param)
+                if slot is None or (grad := param.grad) is None:
+                    continue
+                update = self._known.get(slot.stream)
+                if update is None or self.state.get(param) is not update.state or not update.holds(grad, group["amsgrad"]):
+                    update = self._new_update(group, slot)
+                updates.append(update)
+                members[id(group), update.state["step"].device].append((group, update))
+        for same in members.values():
+            rows = hypers_of(same[0][0], [update.state["step"] for _, update in same])
+            for (_, update), hypers in zip(same, rows, strict=True):
+                update.hypers = hypers
+        self._known = {update.stream: update for update in updates}
+        return updates
+
+    def _new_update(self, group: dict[str, Any], slot: Slot) -> Update:
+        check_grad(slot)
+        state = self.state.get(slot.param) or slot.new_state(amsgrad=group["amsgrad"], device_step=group["capturable"])
+        check_state(slot, state, group["amsgrad"])
+        return Update(slot.name, slot.param, slot.param.grad,
+                      None if slot.part.full and state["step"].numel() == 1 else slot.blocks,
+                      state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
+                      state[slot.low_key] if slot.low_key else None, slot.master, (), slot.stream, state)
 
     def _control(self, updates: list[Update], found_inf: Tensor | None) -> Tensor | None:
         """[2] float32: the factor of every gradient (unscaling times clipping), and whether to skip."""
@@ -294,7 +310,7 @@ class HeadAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._known = {}, {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,7 @@ class Slot:
         stream: the parameter's position in the optimizer.
         master: precision of a 16-bit parameter, None for others.
         moment_dtype: of the stored moments.
+        dtype: the parameter's when this was decided.
     """
 
     part: BoundParam
@@ -37,6 +38,7 @@ class Slot:
     stream: int
     master: str | None
     moment_dtype: torch.dtype
+    dtype: torch.dtype
 
     @property
     def name(self) -> str:
@@ -46,7 +48,7 @@ class Slot:
     def param(self) -> Tensor:
         return self.part.param
 
-    @property
+    @cached_property
     def low_key(self) -> str | None:
         """The state entry that holds what 16 bits of the parameter do not."""
         return {"split": "master_lo", "kahan": "kahan"}.get(self.master)
@@ -132,7 +134,7 @@ def regrown(old: Slot, new: Slot, state: Mapping[str, Tensor]) -> tuple[Slot, di
         ages += [age[edge] for edge in edges[:-1]]
     if len(set(ages)) == 1:
         spans, ages = list(new.part.ranges), ages[:1]
-    slot = Slot(new.part, tuple(spans), new.stream, new.master, new.moment_dtype)
+    slot = replace(new, spans=tuple(spans))
     carried = {key: new.cut(old.spread(value)) for key, value in state.items() if key != "step"}
     return slot, {"step": slot.step_tensor(ages, state["step"].device.type != "cpu"), **carried}
 
@@ -149,8 +151,7 @@ def read_state(slot: Slot, saved: Mapping[str, Any], described: Mapping[str, Any
         ValueError: an entry is missing or does not fit; it names the parameter and the entry.
     """
     if described is not None:
-        slot = Slot(slot.part, tuple((start, stop) for start, stop in described["spans"]), slot.stream,
-                    slot.master, slot.moment_dtype)
+        slot = replace(slot, spans=tuple((start, stop) for start, stop in described["spans"]))
     state = {"step": _read_step(slot, saved.get("step"), device_step)}
     for key in (*MOMENTS[:3 if amsgrad else 2], *([slot.low_key] if slot.low_key else [])):
         value = saved.get(key)
@@ -261,6 +262,8 @@ def check_param(part: BoundParam) -> None:
 def check_grad(slot: Slot) -> None:
     """Raises RuntimeError where the gradient is sparse, ValueError where it does not fit."""
     grad, param = slot.param.grad, slot.param
+    if param.dtype != slot.dtype:
+        raise ValueError(f"{slot.name} is {param.dtype} and was {slot.dtype} when the optimizer was made")
     if grad.layout != torch.strided:
         raise RuntimeError(f"HeadAdamW does not support sparse gradients: that of {slot.name} is {grad.layout}")
     if grad.shape != param.shape or grad.device != param.device or not grad.is_floating_point():

@@ -8,7 +8,7 @@ from torch import nn
 
 from alps_kernels.binding import BoundParam, merge
 from alps_kernels.ops import device_code, head_adamw
-from alps_kernels.ops.adamw_tables import COLS, ROWS, VECTOR, Tile, aligned, launchable, pointers_of, tiles_of
+from alps_kernels.ops.adamw_tables import COLS, ROWS, VECTOR, Tile, aligned, pointers_of, tiles_of
 from alps_kernels.ops.updates import Hyper, Update
 from alps_kernels.state import Slot
 
@@ -16,7 +16,7 @@ HYPER = Hyper(*[1.0] * len(Hyper._fields))
 
 
 def update_of(part, spans=None, *, grad=None, low=None):
-    slot = Slot(part, spans or part.ranges, 0, None, torch.float32)
+    slot = Slot(part, spans or part.ranges, 0, None, torch.float32, torch.float32)
     n_hypers = len(slot.spans) if spans else 1
     state = slot.zeros(torch.float32)
     return Update(part.name, part.param, torch.zeros_like(part.param) if grad is None else grad,
@@ -111,18 +111,18 @@ def test_an_address_off_by_four_bytes_is_not_aligned():
 
 
 def test_what_the_kernel_cannot_address_is_known():
-    assert launchable(update_of(BoundParam("w", nn.Parameter(torch.zeros(4, 5)), 0, ((0, 2),))))
-    assert launchable(update_of(BoundParam("w", nn.Parameter(torch.zeros(4, 8)[:, :5]), 1, ((0, 2),))))
-    assert not launchable(update_of(BoundParam("w", nn.Parameter(torch.zeros(5, 4).t()), 0, ((0, 2),))))
-    assert not launchable(update_of(BoundParam("w", nn.Parameter(torch.zeros(4, 8)[:, :5]), 0, ((0, 4),))))
-    assert not launchable(update_of(BoundParam("w", nn.Parameter(torch.zeros(4, 5).double()), 0, ((0, 2),))))
+    assert update_of(BoundParam("w", nn.Parameter(torch.zeros(4, 5)), 0, ((0, 2),))).launchable
+    assert update_of(BoundParam("w", nn.Parameter(torch.zeros(4, 8)[:, :5]), 1, ((0, 2),))).launchable
+    assert not update_of(BoundParam("w", nn.Parameter(torch.zeros(5, 4).t()), 0, ((0, 2),))).launchable
+    assert not update_of(BoundParam("w", nn.Parameter(torch.zeros(4, 8)[:, :5]), 0, ((0, 4),))).launchable
+    assert not update_of(BoundParam("w", nn.Parameter(torch.zeros(4, 5).double()), 0, ((0, 2),))).launchable
 
 
 def test_offsets_beyond_2_to_the_31():
     """On the meta device: 70,000 x 40,000 elements, the last rows of them."""
     param = nn.Parameter(torch.empty(70_000, 40_000, device="meta"))
     part = BoundParam("w", param, 0, ((69_990, 70_000),))
-    slot = Slot(part, part.ranges, 0, None, torch.float32)
+    slot = Slot(part, part.ranges, 0, None, torch.float32, torch.float32)
     state = torch.empty(part.numel, device="meta")
     update = Update("w", param, param, slot.blocks, state, state, None, None, None, (HYPER,), 0)
     tiles = tiles_of(update, 0, 0)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -309,6 +310,44 @@ def test_max_grad_norm_counts_the_selected_slices_alone():
         assert optimizer.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
     for part, cut in zip(bound.params, theirs, strict=True):
         assert (part.cut(part.param.detach()) - cut.detach()).abs().max() < 1e-6
+
+
+def test_gradients_are_not_kept_alive():
+    params, bound = toy()
+    optimizer = make(params, bound)
+    for found_inf in (0.0, 1.0):
+        optimizer.found_inf = torch.tensor(found_inf)
+        run(params, optimizer, bound, 2)
+        grads = [weakref.ref(p.grad) for p in params.values()]
+        optimizer.zero_grad()
+        assert not any(grad() is not None for grad in grads)
+
+
+def test_what_changes_between_steps_is_seen():
+    """The arguments of a step are kept for the next one, but not what they no longer hold."""
+    results = []
+    for fresh in (False, True):  # the same run, with an optimizer that keeps nothing
+        params, bound = toy()
+        optimizer = make(params, bound)
+        for step in range(6):
+            optimizer._known = {} if fresh else optimizer._known
+            fill_grads(params, bound, torch.Generator().manual_seed(step))
+            if step == 2:  # weights swapped for others elsewhere in memory, as model.to() and sharding do
+                params["rows"].data = params["rows"].data.clone() * 2
+            if step == 3:
+                state = optimizer.state[params["all"]]
+                state["exp_avg"] = state["exp_avg"].clone() * 3
+            if step == 4:
+                optimizer.param_groups[0].update(lr=0.5, betas=(0.5, 0.9), maximize=True)
+            optimizer.step()
+            params["all"].grad.mul_(-1)
+            optimizer.step()
+        results.append(params)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    params["rows"].data = params["rows"].data.double()
+    params["rows"].grad = torch.zeros(48, 24).double()
+    with pytest.raises(ValueError, match="rows is torch.float64 and was torch.float32"):
+        optimizer.step()
 
 
 def test_copies_and_pickles_go_on_as_the_original():

@@ -82,16 +82,6 @@ def pointers_of(update: Update, seed: int) -> tuple[int, ...]:
     return (*(0 if t is None else t.data_ptr() for t in tensors), update.stream, seed - 2**64 * (seed >= 2**63))
 
 
-def launchable(update: Update) -> bool:
-    """The kernel can address it: contiguous where all of it trains, else with contiguous rows."""
-    tensors = (update.param, update.grad)
-    if torch.float64 in (update.param.dtype, update.grad.dtype):
-        return False
-    if update.blocks is None:
-        return all(t.is_contiguous() for t in tensors)
-    return all(t.is_contiguous() or t.ndim == 1 or (t.ndim == 2 and t.stride(1) == 1) for t in tensors)
-
-
 def aligned(tiles: Tensor, pointers: Sequence[int]) -> bool:
     """Every access of these tiles may be 16 bytes wide."""
     return not any(p % 16 for p in pointers[:6]) and not bool((tiles[:, 2:] % VECTOR).any())
@@ -100,8 +90,11 @@ def aligned(tiles: Tensor, pointers: Sequence[int]) -> bool:
 def numbers(hypers: Sequence[tuple[Hyper, ...] | Tensor]) -> Tensor:
     """The table of numbers, float32 [n, len(Hyper)]: as they are, but for the inverse of root2."""
     if isinstance(hypers[0], Tensor):
-        table = torch.cat(list(hypers))
-    else:
-        table = torch.tensor([row for rows in hypers for row in rows], dtype=torch.float64)
+        table, which = torch.cat(list(hypers)), None
+    else:  # most rows are one and the same object
+        rows = [row for rows in hypers for row in rows]
+        distinct = {id(row): row for row in rows}
+        place = {key: i for i, key in enumerate(distinct)}
+        table, which = torch.tensor(list(distinct.values()), dtype=torch.float64), [place[id(row)] for row in rows]
     table[:, ROOT2].reciprocal_()
-    return table.float()
+    return table.float() if which is None else table.float()[which]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from . import device_code, reference
-from .adamw_tables import COLS, ROWS, aligned, launchable, numbers, pointers_of, tiles_of
+from .adamw_tables import COLS, ROWS, aligned, numbers, pointers_of, tiles_of
 from .updates import Hyper, Update
 
 RING = 4  # steps whose numbers may be on their way at once
@@ -60,22 +61,24 @@ def _sorted(updates: Sequence[Update], backend: str | None) -> tuple[list[Update
         raise ValueError(f"backend is {backend!r}; expected 'triton', 'reference' or None")
     plain, grouped = [], defaultdict(list)
     for update in updates:
-        if backend == "reference" or (backend is None and not update.param.is_cuda) or not launchable(update):
+        if backend == "reference" or (backend is None and not update.param.is_cuda) or not update.launchable:
             plain.append(update)
         elif update.exp_avg.numel():
-            grouped[update.param.device, update.param.dtype, update.grad.dtype, update.exp_avg.dtype, update.master,
-                    update.max_exp_avg_sq is not None, isinstance(update.hypers, Tensor)].append(update)
+            grouped[update.launch, isinstance(update.hypers, Tensor)].append(update)
     return plain, grouped
 
 
 def _plan(plans: Plans | None, key: tuple, updates: list[Update], seed: int) -> Plan:
     """The tables of this launch, those of an earlier step where they still hold."""
     known = plans.get(key) if plans is not None else None
+    if known is not None and known.is_of(updates, seed):
+        return known
     layout = [(u.param.shape, u.param.stride(), u.grad.stride(), u.blocks, u.n_hypers) for u in updates]
     pointers = [pointers_of(u, seed) for u in updates]
     if known is not None and known.layout == layout and known.point(pointers):
+        known.updates = updates
         return known
-    made = Plan(updates, layout, pointers)
+    made = Plan(updates, layout, pointers, seed)
     if plans is not None:
         if known is not None and known.captured:
             plans[key, id(known)] = known  # a CUDA graph still reads its tables
@@ -90,8 +93,10 @@ class Plan:
     the numbers go through a ring of pinned buffers, so that no step waits for another.
     """
 
-    def __init__(self, updates: list[Update], layout: list[tuple], pointers: list[tuple[int, ...]]) -> None:
+    def __init__(self, updates: list[Update], layout: list[tuple], pointers: list[tuple[int, ...]],
+                 seed: int) -> None:
         self.layout, self.device, self.grad_dtype = layout, updates[0].param.device, updates[0].grad.dtype
+        self.updates, self.seed = updates, seed
         first, hinted, unhinted = 0, [], []
         self.fits: list[bool] = []
         for index, update in enumerate(updates):
@@ -109,6 +114,12 @@ class Plan:
         depth = RING if self.device.type == "cuda" else 0
         self.ring = [Stage((first, len(Hyper._fields)), self.device) for _ in range(depth)]
         self.turn = 0
+
+    def is_of(self, updates: list[Update], seed: int) -> bool:
+        """These very updates were the last ones: nothing but their numbers can have changed."""
+        same = seed == self.seed and len(updates) == len(self.updates) and all(map(is_, updates, self.updates))
+        self.captured |= same and self._capturing()
+        return same
 
     def point(self, pointers: list[tuple[int, ...]]) -> bool:
         """Write the addresses again where one changed; False where this plan cannot take them."""

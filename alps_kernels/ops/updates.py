@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -99,15 +101,16 @@ def _on_device(group: Mapping[str, Any], steps: Tensor) -> Tensor:
     ], 1)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Update:
-    """One parameter of one step.
+    """One parameter of one step; kept for the next one, which changes `hypers` and perhaps nothing else.
 
     Attributes:
         name: for errors.
         param, grad: same shape; outside the blocks neither is read or written.
         blocks: what trains; None: the whole parameter, and state of the parameter's shape.
         exp_avg, exp_avg_sq, max_exp_avg_sq: the state; the last only with amsgrad.
+        state: where the optimizer keeps these tensors.
         low: what 16 bits of the parameter do not hold: int16 for "split", of the parameter's
             dtype for "kahan", None otherwise.
         master: None, "split", "kahan" or "stochastic"; only where the parameter has 16 bits.
@@ -127,6 +130,43 @@ class Update:
     master: str | None
     hypers: tuple[Hyper, ...] | Tensor
     stream: int
+    state: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.addresses = (self.param.data_ptr(), self.grad.data_ptr())
+        self._grad = weakref.ref(self.grad)
+
+    def release(self) -> None:
+        """Forget the gradient, so that `zero_grad` frees its memory."""
+        self.grad = None
+
+    def holds(self, grad: Tensor, amsgrad: bool) -> bool:
+        """The tensors are still these, where they were; then the gradient is taken up again."""
+        state = self.state
+        if (grad is not self._grad() or state.get("exp_avg") is not self.exp_avg
+                or state.get("exp_avg_sq") is not self.exp_avg_sq
+                or state.get("max_exp_avg_sq") is not self.max_exp_avg_sq or amsgrad == (self.max_exp_avg_sq is None)
+                or state.get("master_lo", state.get("kahan")) is not self.low
+                or self.addresses != (self.param.data_ptr(), grad.data_ptr())):
+            return False
+        self.grad = grad
+        return True
+
+    @cached_property
+    def launch(self) -> tuple:
+        """What tensors share that share a launch."""
+        return (self.param.device, self.param.dtype, self.grad.dtype, self.exp_avg.dtype, self.master,
+                self.max_exp_avg_sq is not None)
+
+    @cached_property
+    def launchable(self) -> bool:
+        """The kernel can address it: contiguous where all of it trains, else with contiguous rows."""
+        tensors = (self.param, self.grad)
+        if torch.float64 in (self.param.dtype, self.grad.dtype):
+            return False
+        if self.blocks is None:
+            return all(t.is_contiguous() for t in tensors)
+        return all(t.is_contiguous() or t.ndim == 1 or (t.ndim == 2 and t.stride(1) == 1) for t in tensors)
 
     @property
     def n_hypers(self) -> int:
