@@ -47,6 +47,9 @@ class HeadAdamW(torch.optim.Optimizer):
     `master_lo` or `kahan`. Its tensors have the parameter's shape where all of it trains, else
     they are compact: 1-D, in the order of `BoundParam.cut`.
 
+    A GradScaler looks for infinities in whole gradients before it hands over to `step`, frozen
+    elements included; everything in here reads the selected ones alone.
+
     Raises:
         ValueError, TypeError, RuntimeError: as torch.optim.AdamW does for its own arguments;
             ValueError for ours, and for parameters that cannot be trained here.
@@ -163,7 +166,9 @@ class HeadAdamW(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse.
             ValueError: a gradient or a state does not fit its parameter; it names it.
         """
-        self._accelerator_graph_capture_health_check()
+        # torch renamed its check of capturable groups under graph capture
+        name = "_accelerator_graph_capture_health_check"
+        getattr(self, name if hasattr(self, name) else "_cuda_graph_capture_health_check")()
         loss = None
         if closure is not None:
             with torch.enable_grad():

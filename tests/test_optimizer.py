@@ -390,3 +390,40 @@ def test_dtensors_are_refused():
 
     with pytest.raises(ValueError, match="parameter 0 of group 0 is a DTensor"):
         HeadAdamW([Sharded(torch.zeros(2))])
+
+
+@pytest.mark.parametrize("rest", ["frozen", "trainable"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_heads_of_a_model_train_and_the_others_stay(family, rest):
+    """Separate, fused transposed and fused projections, from the selection to the bytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from alps_kernels.locate import find_heads
+    from alps_kernels.selection import HeadSelection
+
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 intermediate_size=48, vocab_size=61, pad_token_id=0)
+    if family == "gpt2":
+        sizes = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=61)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).bfloat16()
+    heads = HeadSelection.random(find_heads(model), 0.4, seed=1, parts=("q", "k", "v", "o"))
+    bound = heads.freeze(model, rest=rest)
+    optimizer = HeadAdamW(model.parameters(), lr=1e-2, weight_decay=0.1, heads=bound)
+    params = dict(model.named_parameters())
+    before = snapshot(params)
+    tokens = torch.randint(1, 61, (4, 16))
+    losses = []
+    for _ in range(10):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        losses.append(loss.item())
+        for part in bound.params:  # what a fault in a frozen head would leave behind
+            poison = torch.full_like(part.param, float("nan"))
+            part.spread(part.cut(part.param.grad), poison)
+            part.param.grad = poison
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_frozen(params, before, bound)
+    assert losses[-1] < losses[0]
+    assert sum(state["exp_avg"].numel() for state in optimizer.state.values()) == bound.numel
