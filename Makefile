@@ -8,7 +8,7 @@ OUT ?= out
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.set-up
 
-.PHONY: setup demo demo-tiny test census mutations bench gpu clean
+.PHONY: setup demo demo-tiny test census bench gpu clean
 
 setup: $(SETUP)
 
@@ -31,9 +31,6 @@ test: $(SETUP)
 
 census: $(SETUP)
 	$(BIN)/python -m tests.census --write-table
-
-mutations: $(SETUP)
-	$(BIN)/python -m tests.mutations
 
 bench: $(SETUP)
 	$(BIN)/python -m bench

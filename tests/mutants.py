@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import inspect
 import sys
+from pathlib import Path
 from types import FunctionType, ModuleType
 
 import torch
@@ -54,22 +55,22 @@ def _functions(namespace: dict) -> dict[str, FunctionType]:
     return found
 
 
-def plant_kernel(monkeypatch, folder, file: str, *edits: tuple[str, str]) -> None:
+def plant_kernel(monkeypatch, folder, file: str, *edits: tuple[str, str], kernels: str = "head_adamw") -> None:
     """Let ops launch a copy of csrc_triton in `folder` in which `file` has these edits (interpreter)."""
     import csrc_triton
     from alps_kernels import ops
-    from alps_kernels.ops import head_adamw
+    from alps_kernels.ops import delta_tables, head_adamw
 
     name = "faulty_" + folder.name.replace("-", "_").replace(".", "_")
     package = folder / name
     package.mkdir()
-    for source in (p for p in map(csrc_triton.__path__[0].__add__, ("/__init__.py", "/numerics.py", "/head_adamw.py"))):
-        text = open(source).read()
-        leaf = source.rsplit("/", 1)[1]
-        (package / leaf).write_text(edit(text, *edits) if leaf == file else text)
+    for source in Path(csrc_triton.__path__[0]).glob("*.py"):
+        text = source.read_text()
+        (package / source.name).write_text(edit(text, *edits) if source.name == file else text)
     spec = importlib.util.spec_from_file_location(name, package / "__init__.py", submodule_search_locations=[str(package)])
     root = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, root)
     spec.loader.exec_module(root)
-    module = importlib.import_module(f"{name}.head_adamw")
-    monkeypatch.setattr(head_adamw, "device_code", lambda leaf: module if leaf == "head_adamw" else ops.device_code(leaf))
+    module = importlib.import_module(f"{name}.{kernels}")
+    launcher = {"head_adamw": head_adamw, "head_delta": delta_tables}[kernels]
+    monkeypatch.setattr(launcher, "device_code", lambda leaf: module if leaf == kernels else ops.device_code(leaf))

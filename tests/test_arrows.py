@@ -17,7 +17,8 @@ ALLOWED = {
     **{name: LOCATING for name in LOCATING},
     "binding": {"layout", "locate", "selection"},
     "selection": {"layout", "binding", "files"},
-    "optimizer": {"ops", "binding", "state"},
+    "optimizer": {"ops", "binding", "state", "saved_state"},
+    "saved_state": {"state"},
     "state": {"ops", "binding"},
     "heatmap": {"files", "scores", "selection"},
     "comparison": {"selection", "scores"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "__init__": set(),
 }
 # What a room may import from outside; a room that is not named here: anything installed.
-OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton"}, "optimizer": {"torch"}, "state": {"torch"},
+OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton"}, "optimizer": {"torch"}, "state": {"torch"}, "saved_state": {"torch"},
            **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"},
            "files": set(), "__init__": set()}
 STANDARD = __import__("sys").stdlib_module_names

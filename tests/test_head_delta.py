@@ -8,6 +8,7 @@ from scipy.stats import wasserstein_distance
 from alps_kernels.ops import reference_scoring
 from alps_kernels.ops.head_delta import METRICS, Segment, head_delta, head_delta_projection
 from tests.delta_oracle import projection_oracle, stored_oracle
+from tests.mutants import plant
 
 TOLERANCE = 1e-6  # relative, every metric (DESIGN: 1.5e-5 at the least)
 
@@ -149,24 +150,33 @@ def test_projections_that_do_not_fit_are_refused():
         head_delta_projection([(segment(1, 4, 8), segment(1, 5, 8), segment(1, 4, 8))], ["pad"])
 
 
-def _without_r(original):
-    def faulty(base, delta, wanted, tau):
-        return {name: value * (1 + 1e-5) for name, value in original(base, delta, wanted, tau).items()}
-    return faulty
+# -- faults planted in what the scores mean, each with the check that sees it -----------------
 
-
+EXACT = [lambda: test_every_metric_is_exact(64, 576, torch.float32, 1e-3)]
+PROJECTED = [lambda: test_projection_is_exact(torch.float32, 1e-3)]
 FAULTS = {
-    "scores off by 1e-5": ("_from_near", _without_r),
-    "segments in reverse order": ("_rows", lambda original: lambda segments: original(segments[::-1])),
-    "the group of the first head for all": ("_take", lambda original: lambda blocks, index: original(blocks, [0] * len(index))),
-    "no mean shift": ("_from_near", lambda original: lambda b, d, w, t: original(b, d + 1e-3 * d.amax(), w, 2 * t)),
+    "r is added": ("addcmul_(weight, r, value=-1)", "addcmul_(weight, r, value=1)", EXACT),
+    "probabilities of the base's sum": ("z_task = shift / z_base, z_base + shift", "z_task = shift / z_base, z_base", EXACT),
+    "a wrong term of the KL series": ("(30, 20, 12, 6, 2)", "(30, 20, 12, 7, 2)", EXACT),
+    "half of Jensen-Shannon": ("0.5 * _surprise(d) - _surprise(0.5 * d)", "0.5 * _surprise(d)", EXACT),
+    "the cosine of what is not across": ("/ squares, 0.0)[:, None] * a", "/ squares, 0.0)[:, None] * 0", EXACT),
+    "sorted alone": ("moved = (base.double() + delta.double()).sort(1).values", "moved = (base.double() + delta.double())", EXACT),
+    "every stretch starts anew": ("            d[:, :1] += carry\n", "", [lambda: test_the_largest_head_is_exact(1e-2)]),
+    "change of v is left out": (" + k_base @ (v_task - v_base).mT", "", PROJECTED),
+    "change of q meets the base's k and v": ("(q_task - q_base) @ m_task", "(q_task - q_base) @ m_base", PROJECTED),
+    "the first group for all": ("groupby(range(len(q.index)), key=lambda h: (k.index[h], v.index[h]))",
+                                "groupby(range(len(q.index)), key=lambda h: (k.index[0], v.index[0]))", PROJECTED),
+    "temperature is ignored": ("        delta.div_(tau)\n", "", [lambda: test_temperature(0.5)]),
+    "weights far away are subtracted": ("d = torch.where(near, p * ratio, q - p)", "d = p * ratio", [test_a_weight_far_from_its_base]),
+    "infinities pass": ("base.amax(1).isfinite() & largest.isfinite()", "base.amax(1) == base.amax(1)",
+                        [lambda: test_unsound_weights_are_refused_by_head(float("inf"), False)]),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_seeded_faults_are_seen(fault, monkeypatch):
-    name, make = FAULTS[fault]
-    monkeypatch.setattr(reference_scoring, name, make(getattr(reference_scoring, name)))
-    layer = [segment(4, 8, 40), segment(2, 6, 40, (0, 0, 1, 1), seed=1)]
-    with pytest.raises(AssertionError):
-        close(head_delta([layer], ["pad"]), stored_oracle([layer]), metrics=["pad"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_seen(name, monkeypatch):
+    old, new, checks = FAULTS[name]
+    plant(monkeypatch, reference_scoring, (old, new))
+    for check in checks:
+        with pytest.raises(BaseException):  # an assertion, or what the faulty code raises itself
+            check()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from alps_kernels import optimizer, state
+from alps_kernels import optimizer, saved_state, state
 from alps_kernels.binding import BoundParam
 from alps_kernels.ops import adamw_tables, head_adamw, reference_adamw, reference_rounding, updates
 
@@ -93,17 +93,17 @@ FAULTS = {
                                    lambda: test_optimizer.test_a_fault_in_the_last_parameter_moves_none(
                                        lambda p: setattr(p["bias"], "grad", torch.zeros(48).to_sparse()),
                                        RuntimeError, "sparse gradients: that of bias")),
-    "the cast to the parameter's dtype on loading": (state, [("device=slot.param.device, dtype=dtype)\n    return slot",
+    "the cast to the parameter's dtype on loading": (saved_state, [("device=slot.param.device, dtype=dtype)\n    return slot",
                                                               "device=slot.param.device, dtype=slot.param.dtype)\n"
                                                               "    return slot")],
                                                     resume("split", torch.float32)),
-    "the seed not restored": (optimizer, [('saved["alps"]["seed"] if "alps" in saved else self.seed', "self.seed")],
+    "the seed not restored": (saved_state, [('        seed = saved["alps"]["seed"]\n', "")],
                               resume("stochastic", torch.bfloat16)),
-    "other ranges accepted": (state, [('("shape", "dim", "ranges", "master", "moment_dtype")',
+    "other ranges accepted": (saved_state, [('("shape", "dim", "ranges", "master", "moment_dtype")',
                                        '("shape", "dim", "master", "moment_dtype")')], refused("other rows")),
-    "other masters accepted": (state, [('"ranges", "master", "moment_dtype")\n', '"ranges", "moment_dtype")\n')],
+    "other masters accepted": (saved_state, [('"ranges", "master", "moment_dtype")\n', '"ranges", "moment_dtype")\n')],
                                refused("master")),
-    "loaded state shared with the file": (state, [("(slot.cut(value) if dense else value.clone())",
+    "loaded state shared with the file": (saved_state, [("(slot.cut(value) if dense else value.clone())",
                                                    "(slot.cut(value) if dense and not slot.part.full else value)")],
                                           test_optimizer_state.test_loading_does_not_share_memory_with_the_file),
     "the lower half lost": (reference_rounding, [("low.copy_(bits - (high << 16))", "low.zero_()")],

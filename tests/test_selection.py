@@ -101,6 +101,14 @@ def test_bad_options_are_refused(options):
         HeadSelection([], [4], **options)
 
 
+def test_a_slice_is_oriented_as_in_a_linear_layer():
+    weight = torch.arange(60.0).view(6, 10)
+    assert torch.equal(HeadSlice("w", "q", 0, 2, 4).matrix(weight), weight[2:4])
+    assert torch.equal(HeadSlice("w", "k", 1, 2, 4).matrix(weight), weight[:, 2:4].t())  # Conv1D
+    assert torch.equal(HeadSlice("w", "o", 1, 2, 4).matrix(weight), weight[:, 2:4])
+    assert torch.equal(HeadSlice("w", "o", 0, 2, 4).matrix(weight), weight[2:4].t())  # Conv1D
+
+
 def test_set_operations(layout):
     a, b = HeadSelection([(0, 0), (1, 3)], [4, 4]), HeadSelection([(1, 3), (1, 1)], [4, 4])
     assert (a | b).heads == ((0, 0), (1, 1), (1, 3))

@@ -42,7 +42,7 @@ def test_every_metric_equals_the_oracle(rows, cols, why, dtype):
     close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
 
 
-@pytest.mark.parametrize("delta", [1e-2, 1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("delta", [1e-2, 4e-3, 1e-3, 1e-4, 1e-5])  # 4e-3: just within the short series of expm1
 def test_small_differences_survive(delta):
     layer = [segment(1, 16, 129, delta=delta)]
     close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
@@ -129,19 +129,6 @@ def test_each_model_has_strides_of_its_own():
     wide[:, :, 5:45] = task
     found = head_delta([[Segment(base, wide[:, :, 5:45], (0, 1))]], SUMMED, backend="triton")
     close(found, stored_oracle([[Segment(base, task, (0, 1))]]))
-
-
-def test_the_oracle_sees_a_lost_carry(monkeypatch):
-    layer = [segment(1, 16, 40)]
-    between = delta_tables.Sums.between
-
-    def lost(self):
-        heads, carry = between(self)
-        return heads, torch.zeros_like(carry)
-
-    monkeypatch.setattr(delta_tables.Sums, "between", lost)
-    with pytest.raises(AssertionError):
-        close(head_delta([layer], ["pad"], backend="triton"), stored_oracle([layer]), ["pad"])
 
 
 def test_the_oracle_itself_sees_an_order():
