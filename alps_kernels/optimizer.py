@@ -12,10 +12,8 @@ from torch import Tensor
 from .binding import BoundSelection
 from .ops.head_adamw import head_adamw_, head_grad_norm
 from .ops.updates import Update, hypers_of
-from .state import (
-    FORMAT, HALVES, MOMENTS, VERSION, Slot, check_description, check_grad, check_param, check_state, checked_precision,
-    read_state, regrown, whole,
-)
+from .saved_state import FORMAT, VERSION, read_saved
+from .state import HALVES, MOMENTS, Slot, check_grad, check_param, check_state, checked_precision, regrown, whole
 
 OURS = ("master", "moment_dtype")  # entries of a param group that torch.optim.AdamW does not have
 
@@ -205,7 +203,8 @@ class HeadAdamW(torch.optim.Optimizer):
                 if slot is None or (grad := param.grad) is None:
                     continue
                 update = self._known.get(slot.stream)
-                if update is None or self.state.get(param) is not update.state or not update.holds(grad, group["amsgrad"]):
+                if (update is None or self.state.get(param) is not update.state
+                        or not update.holds(grad, group["amsgrad"])):
                     update = self._new_update(group, slot)
                 updates.append(update)
                 members[id(group), update.state["step"].device].append((group, update))
@@ -278,7 +277,7 @@ class HeadAdamW(torch.optim.Optimizer):
         read: dict[str, Any] = {}
 
         def take(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            read.update(self._read(saved))
+            read.update(read_saved(saved, self.param_groups, self._slots, self.seed))
             groups = [{**theirs, **{key: ours[key] for key in OURS}}
                       for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=False)]
             # Without the state: torch would cast every tensor of it to the parameter's dtype.
@@ -291,27 +290,6 @@ class HeadAdamW(torch.optim.Optimizer):
         finally:
             handle.remove()
             del self._incoming
-
-    def _read(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """The slots, states and seed of a state dict, checked."""
-        if not isinstance(saved.get("param_groups"), list) or not isinstance(saved.get("state"), dict):
-            raise ValueError(f"expected a state dict with 'state' and 'param_groups'; this has {sorted(map(str, saved))}")
-        sizes = [len(group["params"]) for group in saved["param_groups"]]
-        if sizes != [len(group["params"]) for group in self.param_groups]:
-            return {}  # torch says what is wrong
-        index = {param: (key, group) for ours, group in zip(self.param_groups, saved["param_groups"], strict=True)
-                 for param, key in zip(ours["params"], group["params"], strict=True)}
-        described = None
-        if "alps" in saved:
-            described = check_description(saved["alps"], {index[param][0]: slot for param, slot in self._slots.items()})
-        slots, states = dict(self._slots), {}
-        for param, slot in self._slots.items():
-            key, group = index[param]
-            if entry := saved["state"].get(key):
-                slots[param], states[param] = read_state(
-                    slot, entry, described and described[key], amsgrad=group.get("amsgrad", False),
-                    device_step=group.get("capturable", False))
-        return {"slots": slots, "states": states, "seed": saved["alps"]["seed"] if "alps" in saved else self.seed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

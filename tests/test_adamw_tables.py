@@ -63,6 +63,8 @@ def test_tiles_cover_the_selection_exactly_once(case):
     if not part.ranges:
         return
     update = update_of(part, spans)
+    if not update.launchable:  # all of a parameter with a gap between its rows: the reference's
+        return
     memory = part.param.detach().as_strided((part.param.untyped_storage().nbytes() // 4,), (1,))
     memory.copy_(torch.arange(memory.numel()))  # every element says where it lies
     memory = memory.tolist()

@@ -1,0 +1,140 @@
+"""A saved state of the optimizer: checked against what trains here, and brought to its form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from .state import LOW, MOMENTS, Slot
+
+FORMAT, VERSION = "alps_kernels.head_adamw", 1
+
+
+def read_saved(saved: Mapping[str, Any], param_groups: Sequence[Mapping], slots: Mapping[Tensor, Slot],
+               seed: int) -> dict[str, Any]:
+    """The slots, states and seed of a state dict; {} where torch says what is wrong with its groups.
+
+    Args:
+        saved: of HeadAdamW, or dense, of torch.optim.AdamW.
+        param_groups, slots, seed: the optimizer's own.
+
+    Raises:
+        ValueError: it is of another selection, precision or model; the difference is named.
+    """
+    if not isinstance(saved.get("param_groups"), list) or not isinstance(saved.get("state"), dict):
+        raise ValueError(f"expected a state dict with 'state' and 'param_groups'; this has {sorted(map(str, saved))}")
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != [len(group["params"]) for group in param_groups]:
+        return {}
+    index = {param: (key, group) for ours, group in zip(param_groups, saved["param_groups"], strict=True)
+             for param, key in zip(ours["params"], group["params"], strict=True)}
+    described = None
+    if "alps" in saved:
+        described = check_description(saved["alps"], {index[param][0]: slot for param, slot in slots.items()})
+        seed = saved["alps"]["seed"]
+    slots, states = dict(slots), {}
+    for param, slot in slots.items():
+        key, group = index[param]
+        if entry := saved["state"].get(key):
+            slots[param], states[param] = read_state(
+                slot, entry, described and described[key], amsgrad=group.get("amsgrad", False),
+                device_step=group.get("capturable", False))
+    return {"slots": slots, "states": states, "seed": seed}
+
+
+def read_state(slot: Slot, saved: Mapping[str, Any], described: Mapping[str, Any] | None, *,
+               amsgrad: bool, device_step: bool) -> tuple[Slot, dict[str, Tensor]]:
+    """A saved state of one parameter, checked and brought to the slot's form.
+
+    Args:
+        described: the slot's description beside the saved state (`describe`, already found to
+            agree); None for a dense state, as torch.optim.AdamW saves it, which is cut.
+
+    Raises:
+        ValueError: an entry is missing or does not fit; it names the parameter and the entry.
+    """
+    if described is not None:
+        slot = replace(slot, spans=tuple((start, stop) for start, stop in described["spans"]))
+    state = {"step": _read_step(slot, saved.get("step"), device_step)}
+    for key in (*MOMENTS[:3 if amsgrad else 2], *([slot.low_key] if slot.low_key else [])):
+        value = saved.get(key)
+        if value is None and key in LOW and described is None:
+            state[key] = slot.zeros(slot.low_dtype)
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{slot.name}: the saved state has no {key}")
+        dense = described is None or slot.part.full
+        shape = tuple(slot.param.shape) if dense else (slot.part.numel,)
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{slot.name}: the saved {key} has shape {list(value.shape)}, expected {list(shape)}"
+                             + ("" if dense else f" ({slot.part.numel} selected elements)"))
+        dtype = slot.low_dtype if key in LOW else slot.moment_dtype
+        if described is not None and value.dtype != dtype:
+            raise ValueError(f"{slot.name}: the saved {key} is {value.dtype}, expected {dtype}")
+        state[key] = (slot.cut(value) if dense else value.clone()).to(device=slot.param.device, dtype=dtype)
+    return slot, state
+
+
+def _read_step(slot: Slot, saved: Any, device_step: bool) -> Tensor:
+    if not isinstance(saved, (int, float, Tensor)) or isinstance(saved, bool):
+        raise ValueError(f"{slot.name}: the saved state has no step")
+    steps = saved.reshape(-1).tolist() if isinstance(saved, Tensor) else [float(saved)]
+    if len(steps) not in (1, len(slot.spans)) or not all(s >= 0 and s == int(s) for s in steps if s == s) \
+            or any(s != s for s in steps):
+        raise ValueError(f"{slot.name}: the saved step is {saved}; expected a count, or {len(slot.spans)} of them")
+    return slot.step_tensor(steps, device_step)
+
+
+def check_description(described: Any, slots: Mapping[int, Slot]) -> dict[int, dict]:
+    """The descriptions of a saved state by parameter index, found to be those of `slots`.
+
+    Raises:
+        ValueError: it is no description of ours, or of another selection or precision; the
+            first differences are named.
+    """
+    if not isinstance(described, Mapping) or described.get("format") != FORMAT:
+        raise ValueError("the entry 'alps' of the state dict is not HeadAdamW's")
+    if described.get("version") != VERSION:
+        raise ValueError(f"the state dict has version {described.get('version')!r} of {FORMAT}; "
+                         f"this package reads version {VERSION}")
+    theirs = described.get("params")
+    if not isinstance(theirs, Mapping) or not all(isinstance(entry, Mapping) for entry in theirs.values()):
+        raise ValueError("the entry 'alps' of the state dict has no parameters")
+    if type(described.get("seed")) is not int or not 0 <= described["seed"] < 2**64:
+        raise ValueError(f"the saved seed is {described.get('seed')!r}; expected a whole number below 2**64")
+    differences = []
+    for index in sorted({*theirs, *slots}, key=str):
+        if index not in slots:
+            differences.append(f"{theirs[index].get('name')} trained there and does not train here")
+        elif index not in theirs:
+            differences.append(f"{slots[index].name} trains here and did not there")
+        else:
+            ours = slots[index].describe()
+            differences += [f"{ours['name']}: {key} {theirs[index].get(key)!r} there, {ours[key]!r} here"
+                            for key in ("shape", "dim", "ranges", "master", "moment_dtype")
+                            if theirs[index].get(key) != ours[key]]
+            if not _subdivide(theirs[index].get("spans"), ours["ranges"]):
+                differences.append(f"{ours['name']}: spans {theirs[index].get('spans')!r} do not cut its ranges")
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise ValueError("the saved state is of another selection or precision: " + "; ".join(differences[:3]) + more)
+    return dict(theirs)
+
+
+def _subdivide(spans: Any, ranges: list[list[int]]) -> bool:
+    """`spans` cover `ranges` exactly, in order."""
+    if not isinstance(spans, list) or not all(isinstance(s, (list, tuple)) and len(s) == 2 for s in spans):
+        return False
+    if not all(type(edge) is int for span in spans for edge in span) or any(a > b for a, b in spans):
+        return False
+    left = iter([span for span in spans if span[0] < span[1]])
+    for start, stop in ranges:
+        while start < stop:
+            span = next(left, None)
+            if span is None or span[0] != start or span[1] > stop:
+                return False
+            start = span[1]
+    return next(left, None) is None
