@@ -26,9 +26,11 @@ def test_the_names_that_need_torch_need_neither_triton_nor_transformers():
 def test_it_costs_at_most_a_tenth_more_than_torch():
     timed = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
     ours, torchs = [], []
-    for _ in range(3):  # in turn, and the quickest of each: the cores are shared
+    for _ in range(10):  # in turn, and the quickest of each: the cores are shared, the noise only adds
         ours.append(float(run(timed.format("torch, alps_kernels"))))
         torchs.append(float(run(timed.format("torch"))))
+        if len(ours) >= 3 and min(ours) <= 1.1 * min(torchs):
+            break
     assert min(ours) <= 1.1 * min(torchs), (ours, torchs)
 
 
