@@ -192,7 +192,7 @@ class HeadAdamW(torch.optim.Optimizer):
         for update in updates:
             self.state[update.param] = update.state
         head_adamw_(updates, control=control, seed=self.seed, plans=self._plans, backend=self._backend)
-        torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]))
+        torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]).reshape(()))
 
     def _updates(self) -> list[Update]:
         """What the op takes, checked: for every parameter with a gradient, that of the last step where it holds."""

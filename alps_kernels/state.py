@@ -182,6 +182,9 @@ def check_state(slot: Slot, state: dict[str, Tensor], amsgrad: bool) -> None:
         value = state.get(key)
         if value is None:
             raise ValueError(f"{slot.name}: its state has no {key}; was amsgrad or master switched on after a step?")
-        if tuple(value.shape) != tuple(shape) or value.device != slot.param.device:
-            raise ValueError(f"{slot.name}: its {key} is {list(value.shape)} on {value.device}, expected"
-                             f" {list(shape)} on {slot.param.device}; was the model moved after the first step?")
+        dtype = slot.low_dtype if key in LOW else slot.moment_dtype
+        if tuple(value.shape) != tuple(shape) or value.device != slot.param.device or value.dtype != dtype \
+                or not value.is_contiguous():
+            raise ValueError(f"{slot.name}: its {key} is {list(value.shape)} {value.dtype} on {value.device}, expected"
+                             f" {list(shape)} {dtype} on {slot.param.device}, contiguous; was the model moved after"
+                             " the first step, or the state replaced?")

@@ -232,8 +232,9 @@ def test_an_added_group_is_frozen_under_a_selection_and_refused_whole():
 @pytest.mark.parametrize("fault, error, message", [
     (lambda p: setattr(p["bias"], "grad", torch.zeros(48).to_sparse()), RuntimeError, "sparse gradients: that of bias"),
     (lambda p: optimizer_state(p).update(exp_avg=torch.zeros(3)), ValueError, "bias: its exp_avg is"),
+    (lambda p: optimizer_state(p).update(exp_avg=torch.zeros(16).double()), ValueError, "16] torch.float64 on cpu, exp"),
     (lambda p: optimizer_state(p).pop("exp_avg_sq"), ValueError, "bias: its state has no exp_avg_sq"),
-], ids=["sparse", "shape", "missing"])
+], ids=["sparse", "shape", "dtype", "missing"])
 def test_a_fault_in_the_last_parameter_moves_none(fault, error, message):
     params, bound = toy()
     optimizer = params["bias"].optimizer = make(params, bound)
