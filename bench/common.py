@@ -30,15 +30,13 @@ def device_name() -> str:
 
 def environment() -> dict[str, str]:
     """What a number was taken on: the first columns of its row."""
-    root = Path(__file__).resolve().parent.parent
-    head = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
-                             capture_output=True, text=True)
-    commit = head.stdout.strip() or "unknown"
+    commit = os.environ.get("COMMIT")  # for a copy of the tree without its history
+    if not commit:
+        commit = (_git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(_git("status", "--porcelain", "-uno"))
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    called = f"python -m {module.name}" if module else Path(sys.argv[0]).name
+    called = f"python -m {module.name.removesuffix('.__main__')}" if module else Path(sys.argv[0]).name
     return {
-        "date": date.today().isoformat(), "commit": commit + ("+" if changed.stdout.strip() else ""),
+        "date": date.today().isoformat(), "commit": commit,
         "device": device_name(), "torch": torch.__version__, "triton": _version("triton"),
         "transformers": _version("transformers"), "python": platform.python_version(),
         "command": " ".join([called, *sys.argv[1:]]),
@@ -113,6 +111,15 @@ def table(rows: Sequence[dict], columns: Sequence[str] = ("case", "rival", "medi
     for row in rows:
         shown.add_row(*[str(_short(row.get(c.header, ""))) for c in shown.columns])
     Console().print(shown)
+
+
+def _git(*arguments: str) -> str:
+    """What git says of this tree; nothing where there is no git or no history."""
+    try:
+        ran = subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return ran.stdout.strip()
 
 
 def _short(value: object) -> object:

@@ -2,48 +2,88 @@
 
     OUT=some/folder python -m bench.gpu        # default: bench/results
 
-The GPU tests, the interpreted kernel tests compiled for the card, compute-sanitizer where it is
-installed, every benchmark and the report. Each stage has a time limit and a log of its own; one
-that fails is recorded and the next one runs. The exit code is the number of failed stages.
+The GPU tests, every benchmark, compute-sanitizer where it is installed, and the report. Each stage
+has a time limit; one that fails is recorded and the next one runs. Their output goes to one log,
+gpu-run.log: machines that are lent hand few files back. The exit code is the number of failed stages.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.common import RESULTS, environment
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-SANITIZED = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "sanitizer"]
-STAGES = (  # name, command, seconds at most
-    ("tests", [*PYTEST, "tests/test_gpu.py"], 180),
-    ("bench-adamw", [sys.executable, "-m", "bench", "adamw"], 120),
-    ("bench-score", [sys.executable, "-m", "bench", "score"], 120),
-    ("memcheck", ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *SANITIZED], 90),
-    ("racecheck", ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *SANITIZED], 60),
-    ("report", [sys.executable, "-m", "bench.report"], 30),
+WHOLE = 560  # seconds for all stages together, of which the last one keeps its own
+# Without the options of pyproject.toml: they name plugins that may not be there.
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "tests/test_gpu.py")
+
+
+class Stage(NamedTuple):
+    """A command and the seconds it may take; `setting`: what is added to its environment."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    setting: dict[str, str] = {}  # noqa: RUF012, never written
+
+
+def sanitizer(tool: str, limit: float) -> Stage:
+    # Every tensor gets memory of its own, so that an access past its end is seen.
+    return Stage(tool, ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *PYTEST, "-k", "sanitizer"), limit,
+                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+STAGES = (
+    Stage("tests", (*PYTEST, "--durations", "10"), 180),
+    Stage("bench-adamw", (sys.executable, "-m", "bench", "adamw"), 120),
+    Stage("bench-score", (sys.executable, "-m", "bench", "score"), 100),
+    sanitizer("memcheck", 90),
+    sanitizer("racecheck", 60),
+    Stage("report", (sys.executable, "-m", "bench.report"), 20),
 )
 
 
-def run_stage(name: str, command: list[str], limit: int, out: Path) -> str:
-    """One word on how it ended, and how long it took."""
-    if not shutil.which(command[0]):
-        return f"skipped: {command[0]} is not installed"
+def run_stage(stage: Stage, out: Path, limit: float) -> str:
+    """How it ended and how long it took; its output is added to the log."""
+    if not shutil.which(stage.command[0]):
+        return f"skipped: {stage.command[0]} is not installed"
+    if limit < 5:
+        return "skipped: no time is left"
     start = time.perf_counter()
-    with (out / f"{name}.log").open("w") as log:
+    with (out / "gpu-run.log").open("a") as log:
+        print(f"==== {stage.name}: {' '.join(stage.command)}", file=log, flush=True)
+        # A session of its own: what the command started ends with it, and frees the card.
+        process = subprocess.Popen(stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                                   env={**os.environ, "PYTHONPATH": str(ROOT), "OUT": str(out), **stage.setting})
         try:
-            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit,
-                                  env={**os.environ, "PYTHONPATH": str(ROOT), "OUT": str(out)}).returncode
+            code = process.wait(limit)
             ended = "passed" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
-            ended = f"failed: stopped after {limit} s"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            ended = f"failed: stopped after {limit:.0f} s"
     return f"{ended}, {time.perf_counter() - start:.0f} s"
+
+
+def run_all(stages: tuple[Stage, ...], out: Path, whole: float = WHOLE) -> dict[str, str]:
+    """Every stage in turn; each leaves the last one its time."""
+    end, ends = time.perf_counter() + whole, {}
+    (out / "gpu-run.log").unlink(missing_ok=True)
+    for stage in stages:
+        left = end - time.perf_counter() - (0 if stage is stages[-1] else stages[-1].limit)
+        ends[stage.name] = run_stage(stage, out, min(stage.limit, left))
+        print(f"{stage.name:12s} {ends[stage.name]}", flush=True)
+        if "failed" in ends[stage.name]:
+            print("\n".join((out / "gpu-run.log").read_text().splitlines()[-25:]), flush=True)
+    return ends
 
 
 def main() -> int:
@@ -52,16 +92,12 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device here: nothing was run", file=sys.stderr)
         return 1
-    out = Path(os.environ.get("OUT", RESULTS))
+    out = Path(os.environ.get("OUT") or RESULTS).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    print(environment())
-    ends = {}
-    for name, command, limit in STAGES:
-        ends[name] = run_stage(name, command, limit, out)
-        print(f"{name:12s} {ends[name]}", flush=True)
-        if "failed" in ends[name]:
-            print("\n".join((out / f"{name}.log").read_text().splitlines()[-25:]), flush=True)
-    (out / "gpu-run.txt").write_text(f"{environment()}\n" + "".join(f"{n}: {e}\n" for n, e in ends.items()))
+    known = environment()
+    print(known, flush=True)
+    ends = run_all(STAGES, out)
+    (out / "gpu-run.txt").write_text(f"{known}\n" + "".join(f"{name}: {end}\n" for name, end in ends.items()))
     return sum("failed" in end for end in ends.values())
 
 
