@@ -35,9 +35,9 @@ census: $(SETUP)
 bench: $(SETUP)
 	$(BIN)/python -m bench
 
-# On a machine with a GPU and an environment of its own: tests, sanitizer, benches, report.
+# On a machine with a GPU and an environment of its own (the python3 that holds torch): tests, sanitizer, benches, report.
 gpu:
-	$(PYTHON) -m bench.gpu
+	python3 -m bench.gpu
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info

@@ -1,0 +1,47 @@
+"""pytest-benchmark entry points: `pytest bench/test_bench.py --benchmark-enable`.
+
+Small shapes, for comparing commits on one machine; the figures of docs/results.md come from
+`python -m bench`.
+"""
+
+import pytest
+import torch
+
+from alps_kernels.ops.head_delta import head_delta, head_delta_projection
+from alps_kernels.optimizer import HeadAdamW
+from bench.bench_adamw import DEVICE, OPTIONS, attention, bound_to
+from bench.bench_score import layer_of
+from bench.shapes import RATIOS, Shape, heads_of
+
+SHAPE = Shape("small", 4, 576, 9, 3, 64)  # four layers of SmolLM2-135M
+
+
+def run(benchmark, call):
+    def finished():
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    finished()  # state, tables and kernels are made by the first call
+    benchmark(finished)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("adjacent", [True, False], ids=["adjacent", "scattered"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step(benchmark, dtype, adjacent, ratio):
+    params = attention(SHAPE, SHAPE.layers, dtype)
+    bound = bound_to(SHAPE, params, heads_of(SHAPE, ratio, adjacent=adjacent))
+    run(benchmark, HeadAdamW(params.values(), heads=bound, **OPTIONS).step)
+
+
+def test_step_with_the_gradient_norm(benchmark):
+    params = attention(SHAPE, SHAPE.layers, torch.float32)
+    bound = bound_to(SHAPE, params, heads_of(SHAPE, 0.1, adjacent=False))
+    run(benchmark, HeadAdamW(params.values(), heads=bound, max_grad_norm=1.0, **OPTIONS).step)
+
+
+@pytest.mark.parametrize("score", [head_delta, head_delta_projection])
+def test_score(benchmark, score):
+    layers = [layer_of(SHAPE, DEVICE, torch.float32, seed) for seed in range(SHAPE.layers)]
+    run(benchmark, lambda: score(layers, ["pad"]))
