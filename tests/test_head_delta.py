@@ -64,6 +64,16 @@ def test_concentrated_softmax(scale):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-15, msg=name)
 
 
+@pytest.mark.parametrize("x", [0.5, 0.99, 1.01, 4.0, 6.0, 7.9])
+def test_a_dominating_weight_that_moves(x):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 16, 100, generator=generator)
+    base[0, 8, 50] = 14.0
+    task = base + 1e-3 * torch.randn(base.shape, generator=generator)
+    task[0, 8, 50] = base[0, 8, 50] - x
+    close(head_delta([[Segment(base, task, (0,))]], METRICS), stored_oracle([[Segment(base, task, (0,))]]))
+
+
 def test_a_weight_far_from_its_base():
     base = 0.05 * torch.randn(2, 16, 50)
     task = base + 1e-4 * torch.randn_like(base)

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from . import device_code, on_device, triton_type
-from .reference_scoring import cosine_distance
+from .reference_scoring import LARGE, cosine_distance
 
 BLOCK = 2048  # elements of a tile: 16 for each thread of 4 warps
 ROWS, K_BLOCK = 16, 32  # of a projection's tile; with d_v = 128 a tile is 2,048 elements
 STATS, SCANS, HEADS = 8, 8, 4  # columns of the kernels' tables
+# Where float32 sums of a tile are not enough (measured against long doubles): a sum of exp((b - max b) / tau)
+# below the first means that few weights hold the softmax, so the distributions' difference is all in them;
+# of a vector whose part across is below the second share, the sums leave that part to rounding.
+CONCENTRATED, CANCELLED = 8.0, 0.01
 LAUNCHABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -157,6 +161,16 @@ class Sums:
     def sound(self) -> Tensor:
         """Which heads have finite weights."""
         return self.squares.isfinite().all(1)
+
+    def doubtful(self, metrics: Sequence[str]) -> Tensor:
+        """Which heads the float32 sums may miss, bool [heads]: they are rare, and the reference takes them."""
+        dd, bb, bd = self.squares.unbind(1)
+        aa, ac, cc = self.scans.view(*self.shape, SCANS)[:, :, 3:6].double().sum(1).unbind(1)
+        doubt = (self.largest > LARGE) | (self.z_base < CONCENTRATED)
+        for name, squares, dots, moved in (("cosine", aa, ac, cc), ("cosine_weights", bb, bd, dd)):
+            if name in metrics:
+                doubt |= moved * squares - dots.square() < CANCELLED * moved * squares
+        return doubt
 
     def scores(self, metrics: Sequence[str]) -> dict[str, Tensor]:
         """Every metric that is a sum over tiles, float64 [heads]."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from . import reference
 from .delta_tables import LAUNCHABLE, Sums, flat_sums, projection_sums
-from .reference_scoring import LARGE
 
 METRICS = ("pad", "pad_index", "pad_values", "kl", "js", "cosine", "cosine_weights", "euclidean", "relative")
 
@@ -87,14 +86,13 @@ def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str
         sums = (projection_sums if projection else flat_sums)([layers[i] for i in indices], tau, extra)
         widths = [len(layers[i][0].index) for i in indices]
         _refuse_unsound(sums, indices, widths)
-        far = (sums.largest > LARGE).split(widths)
+        doubtful = sums.doubtful(summed).split(widths)
         columns = {name: values.cpu().split(widths) for name, values in sums.scores(summed).items()}
         for at, i in enumerate(indices):
             found[i] = {name: column[at] for name, column in columns.items()}
             if "pad_values" in metrics:
                 found[i] |= plain([layers[i]], ["pad_values"], temperature=tau)
-            # A weight this far from its base overflows the kernels' expm1: such heads are rare.
-            if rows := far[at].nonzero().flatten().tolist():
+            if rows := doubtful[at].nonzero().flatten().tolist():
                 some = [Segment(s.base, s.task, tuple(s.index[h] for h in rows)) for s in layers[i]]
                 for name, values in plain([some], summed, temperature=tau).items():
                     found[i][name][rows] = values

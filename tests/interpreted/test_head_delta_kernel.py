@@ -135,3 +135,30 @@ def test_the_oracle_itself_sees_an_order():
     base, task = pair(1, 8, 40)
     flipped = oracle(base.flip(2).flatten(), task.flip(2).flatten())
     assert abs(flipped["pad"] / oracle(base.flatten(), task.flatten())["pad"] - 1) > 1e-3
+
+
+@pytest.mark.parametrize("x", [0.5, 2.0, 6.0, 7.9])
+def test_a_dominating_weight_that_moves(x):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 16, 100, generator=generator)
+    base[0, 8, 50] = 14.0
+    task = base + 1e-3 * torch.randn(base.shape, generator=generator)
+    task[0, 8, 50] = base[0, 8, 50] - x
+    layer = [Segment(base, task, (0,))]
+    close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
+
+
+@pytest.mark.parametrize("scale, tau", [(0.05, 0.003), (1.0, 0.1), (30.0, 1.0), (1e4, 1000.0)])
+def test_concentrated_softmax(scale, tau):
+    generator = torch.Generator().manual_seed(1)
+    base = scale * torch.randn(1, 16, 200, generator=generator)
+    layer = [Segment(base, base + 1e-3 * scale * torch.randn(base.shape, generator=generator), (0,))]
+    close(head_delta([layer], SUMMED, temperature=tau, backend="triton"), stored_oracle([layer], tau))
+
+
+@pytest.mark.parametrize("noise", [1e-5, 1e-6, 1e-7])
+def test_cosine_of_weights_that_shrink(noise):
+    generator = torch.Generator().manual_seed(2)
+    base = 0.05 * torch.randn(1, 16, 200, generator=generator)
+    layer = [Segment(base, 0.999 * base + noise * torch.randn(base.shape, generator=generator), (0,))]
+    close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
