@@ -21,8 +21,23 @@ KV_POLICIES = ("any", "none", "all")
 PARTS = ("q", "k", "v", "o")
 REST = ("frozen", "trainable")
 
-# What `freeze` was told of each model, so that a later `bind` needs not be told again.
-_REST_OF: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# What trains of each model and its `rest`, as last told, so that no later call needs to be told again.
+_TRAINED: WeakKeyDictionary[nn.Module, tuple[HeadSelection, str]] = WeakKeyDictionary()
+
+
+def remember(model: nn.Module, selection: HeadSelection, rest: str) -> None:
+    """Let `selection_of(model)` answer `selection`, and `bind` default to `rest`."""
+    _TRAINED[model] = (selection, rest)
+
+
+def forget(model: nn.Module) -> None:
+    """Undo `remember`."""
+    _TRAINED.pop(model, None)
+
+
+def selection_of(model: nn.Module) -> HeadSelection | None:
+    """The selection that `freeze`, `slice_heads` or a patch last put on this very model, if any did."""
+    return _TRAINED[model][0] if model in _TRAINED else None
 
 
 def top_count(ratio: float, n: int) -> int:
@@ -201,7 +216,7 @@ class HeadSelection:
             LayoutError: the heads of `model` cannot be located.
             ValueError: `model` has other heads than this selection was made for.
         """
-        return bind(self, model, _checked_rest(_REST_OF.get(model, "frozen") if rest is None else rest), layout)
+        return bind(self, model, _checked_rest(_TRAINED.get(model, (self, "frozen"))[1] if rest is None else rest), layout)
 
     def freeze(self, model: nn.Module, rest: str = "frozen", *, layout: HeadLayout | None = None) -> BoundSelection:
         """Set `requires_grad` of every floating-point parameter to whether something of it trains.
@@ -217,7 +232,7 @@ class HeadSelection:
         for param in model.parameters():
             if param.is_floating_point():
                 param.requires_grad_(id(param) in trained)
-        _REST_OF[model] = rest
+        remember(model, self, rest)
         return bound
 
     # -- files -------------------------------------------------------------------------------
