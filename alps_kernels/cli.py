@@ -81,6 +81,24 @@ def heads_show(
 
 
 @app.command()
+def plot(
+    path: Annotated[Path, typer.Argument(help="A file that `alps score -o` or HeadScores.save wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The picture (.png, .pdf, .svg).")],
+    kind: Annotated[str, typer.Option(help="heatmap, histogram; overlap with --other.")] = "heatmap",
+    other: Annotated[Optional[Path], typer.Option(help="Scores of another task, for the overlap.")] = None,
+    heads: Annotated[Optional[Path], typer.Option(help="A file of selected heads to mark.")] = None,
+    top: Annotated[float, typer.Option(help="Ratio of heads in each top of the overlap.")] = 0.10,
+) -> None:
+    """Draw scores: layer x head, how they are spread, or how far two tasks' top heads overlap."""
+    from .scores import HeadScores
+    from .selection import HeadSelection
+
+    HeadScores.load(path).plot(output, None if heads is None else HeadSelection.load(heads), kind=kind, ratio=top,
+                               other=None if other is None else HeadScores.load(other))
+    typer.echo(f"wrote {output}", err=True)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder for results and pictures.")] = Path("out"),
     tiny: Annotated[bool, typer.Option(help="A tiny random model made on the spot; needs no network.")] = False,

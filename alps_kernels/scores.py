@@ -261,11 +261,31 @@ class HeadScores:
         lines.append("spread: " + ", ".join(f"{name} {level:.4g}" for name, level in zip(names, levels, strict=True)))
         return "\n".join(lines)
 
-    def plot(self, path: str | os.PathLike, heads: HeadSelection | None = None) -> None:
-        """Write a heat map of layer x head, the heads of `heads` framed; see `heatmap.draw`."""
-        from .heatmap import draw
+    def plot(self, path: str | os.PathLike, heads: HeadSelection | None = None, *, kind: str = "heatmap",
+             other: HeadScores | None = None, ratio: float = 0.10) -> None:
+        """Write a picture, its suffix the format (.png, .pdf, .svg): see the functions of `pictures`.
 
-        draw(self, path, heads)
+        Args:
+            heads: the heads to frame ("heatmap") or to hatch ("histogram").
+            kind: "heatmap": layer x head. "histogram": how the scores are spread. "overlap": which
+                heads are in the top `ratio` of these scores, of `other`, and of both.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: the heads or `other` are of another model, or the kind or format is unknown.
+        """
+        from . import pictures
+
+        if kind not in pictures.KINDS:
+            raise ValueError(f"kind is {kind!r}; expected one of {pictures.KINDS}")
+        if (kind == "overlap") != (other is not None):
+            raise ValueError("kind='overlap' draws these scores and other: give both or neither")
+        if other is not None:
+            pictures.overlap(self, other, path, ratio)
+        elif kind == "histogram":
+            pictures.histogram(self, path, heads)
+        else:
+            pictures.heat_map(self, path, heads)
 
 
 def _order(values: Tensor) -> list[int]:

@@ -219,6 +219,45 @@ def test_plot_writes_a_picture(tmp_path, values):
     assert b"<svg" in (tmp_path / "heat.svg").read_bytes()
 
 
+def test_every_kind_of_picture_is_written(tmp_path):
+    s, other = scores([10.0**-i for i in range(12)]), scores(list(range(12)))
+    s.plot(tmp_path / "h.png", heads=s.top(k=3), kind="histogram")
+    s.plot(tmp_path / "plain.pdf", kind="histogram")
+    s.plot(tmp_path / "o.svg", kind="overlap", other=other, ratio=0.25)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["h.png", "o.svg", "plain.pdf"]
+    drawn = (tmp_path / "o.svg").read_text()
+    counts = s.compare(other, ratio=0.25)
+    assert f"B: both ({counts.shared})" in drawn and f"Jaccard {counts.jaccard:.2f}" in drawn
+    for wrong in ({"kind": "pie"}, {"kind": "overlap"}, {"other": other}):
+        with pytest.raises(ValueError, match="kind"):
+            s.plot(tmp_path / "w.png", **wrong)
+    with pytest.raises(ValueError, match="the others of"):
+        s.plot(tmp_path / "w.png", kind="overlap", other=HeadScores([1.0], [0], [1], metric="pad"))
+    assert not (tmp_path / "w.png").exists()
+
+
+def test_one_far_head_does_not_take_the_scale_of_colours():
+    from alps_kernels.pictures import _norm
+
+    near = [1e-3 * (1 + i / 100) for i in range(120)]
+    norm, beyond = _norm(HeadScores([1e-20, *near[1:]], [0], [120], metric="pad"))
+    assert norm.vmin > 1e-4 and norm.vmax == near[-1] and beyond == "min"
+    norm, beyond = _norm(HeadScores(near, [0], [120], metric="pad"))
+    assert (norm.vmin, norm.vmax, beyond) == (near[0], near[-1], "neither")
+
+
+def test_curves_and_memory_bars_are_written(tmp_path):
+    from alps_kernels.pictures import curves, memory_bars
+
+    curves(tmp_path / "c.svg", {"fp32": [(1, 2.0), (2, 1.0)], "8-bit": [(1, 2.0), (2, 1.1)]}, title="losses")
+    assert "8-bit" in (tmp_path / "c.svg").read_text()
+    memory_bars(tmp_path / "m.svg", {"full": {"gradients": 3 * 2**30, "state": 6 * 2**30}, "heads": {"state": 2**20}})
+    assert "GiB" in (tmp_path / "m.svg").read_text()
+    for empty in (lambda: curves(tmp_path / "w.png", {"a": []}), lambda: memory_bars(tmp_path / "w.png", {})):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            empty()
+
+
 def test_plot_refuses(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="heads are of a model"):
         scores().plot(tmp_path / "h.png", heads=HeadSelection([], [4]))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import pictures
 from ..binding import BoundSelection
 from ..files import write_json
 from ..optimizer import HeadAdamW
@@ -74,7 +75,8 @@ def run_demo(out: Path, *, tiny: bool = False, device: str | None = None, plan: 
 
     task = copy.deepcopy(base)
     everything = torch.optim.AdamW(task.parameters(), lr=plan.task_lr, weight_decay=plan.weight_decay, fused=True)
-    seconds = {"task model": fit(task, tokenizer, train, plan.task_steps, plan.task_lr, plan, everything)}
+    seconds, losses = {}, {}
+    seconds["task model"], losses["every weight"] = fit(task, tokenizer, train, plan.task_steps, plan.task_lr, plan, everything)
     del everything
     full = evaluate(task, tokenizer, test, plan)
     say(f"task    {line(full)}   (all weights, {plan.task_steps} steps, {seconds['task model']:.0f} s)")
@@ -93,7 +95,8 @@ def run_demo(out: Path, *, tiny: bool = False, device: str | None = None, plan: 
     bound = heads.freeze(base)
     say(f"train   {bound.count}")
     optimizer = HeadAdamW(base.parameters(), lr=plan.head_lr, weight_decay=plan.weight_decay, heads=bound)
-    seconds["heads"] = fit(base, tokenizer, train, plan.head_steps, plan.head_lr, plan, optimizer)
+    chosen = f"{len(heads)} heads"
+    seconds["heads"], losses[chosen] = fit(base, tokenizer, train, plan.head_steps, plan.head_lr, plan, optimizer)
     after = evaluate(base, tokenizer, test, plan)
     say(f"heads   {line(after)}   ({len(heads)} heads, {plan.head_steps} steps, {seconds['heads']:.0f} s)")
     inside, outside = changed_bytes(base, snapshot, bound)
@@ -108,10 +111,11 @@ def run_demo(out: Path, *, tiny: bool = False, device: str | None = None, plan: 
         "heads": {"all": len(scores), "kept": len(heads), "trained": bound.count.trained, "of": bound.count.total},
         "base": before, "task_model": full, "after": after, "seconds": seconds,
         "bytes_changed_outside": outside, "bytes_changed_inside": inside,
-        "state_bytes": state, "adamw_state_bytes": dense,
+        "state_bytes": state, "adamw_state_bytes": dense, "losses": losses,
     }
     write_json(out / "results.json", results)
-    say(f"wrote   {', '.join(str(out / name) for name in ('results.json', 'scores.json', 'heads.json', 'heads.png'))}")
+    draw(results, out)
+    say(f"wrote   {', '.join(sorted(str(path) for path in out.iterdir()))}")
     return results
 
 
@@ -141,8 +145,12 @@ def tiny_model() -> tuple[nn.Module, Any]:
 
 
 def fit(model: nn.Module, tokenizer, train: list, steps: int, lr: float, plan: Plan,
-        optimizer: torch.optim.Optimizer) -> float:
-    """Train for `steps`: 10 % warm-up, then cosine to 10 % of `lr` (the paper's recipe). Returns seconds."""
+        optimizer: torch.optim.Optimizer) -> tuple[float, list[float]]:
+    """Train for `steps`: 10 % warm-up, then cosine to 10 % of `lr` (the paper's recipe).
+
+    Returns:
+        Seconds, and the loss of every step.
+    """
     from tqdm import tqdm
 
     warmup = max(1, steps // 10)
@@ -155,7 +163,7 @@ def fit(model: nn.Module, tokenizer, train: list, steps: int, lr: float, plan: P
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     rng, device = random.Random(plan.seed), next(model.parameters()).device
     model.train()
-    started = time.perf_counter()
+    losses, started = [], time.perf_counter()
     for _ in (bar := tqdm(range(steps), leave=False, disable=None)):
         batch = {k: v.to(device) for k, v in chain_sum.collate(tokenizer, rng.sample(train, plan.batch)).items()}
         loss = model(**batch).loss
@@ -163,8 +171,21 @@ def fit(model: nn.Module, tokenizer, train: list, steps: int, lr: float, plan: P
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # allocating gradients anew costs a CPU more than clearing them
         scheduler.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    return time.perf_counter() - started
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    return time.perf_counter() - started, losses
+
+
+def draw(results: dict[str, Any], out: Path) -> None:
+    """The pictures of a run: its training curves, and what gradients and optimizer state take."""
+    named = "a tiny random Llama" if results["tiny"] else "SmolLM2-135M"
+    lines = {f"{label}, lr {results['plan'][lr]:g}": list(enumerate(losses, start=1))
+             for (label, losses), lr in zip(results["losses"].items(), ("task_lr", "head_lr"), strict=True)}
+    pictures.curves(out / "losses.png", lines, title=f"{named} on short sums, batch {results['plan']['batch']}, "
+                    f"float32, {results['device']}, one seed")
+    states = {"torch AdamW, every weight": results["adamw_state_bytes"], "HeadAdamW, selected heads": results["state_bytes"]}
+    pictures.memory_bars(out / "memory.png", {name: {"optimizer state": size} for name, size in states.items()},
+                         title=f"{named}, optimizer state in float32")
 
 
 def evaluate(model: nn.Module, tokenizer, test: list, plan: Plan) -> dict[str, float]:
