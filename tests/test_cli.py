@@ -92,7 +92,9 @@ def test_demo_on_a_tiny_model(tmp_path):
     assert document["bytes_changed_outside"] == 0 < document["bytes_changed_inside"]
     trained = sum(document["heads"]["trained"].values())
     assert document["heads"]["kept"] == 4 and 8 * trained <= document["state_bytes"] < 8 * trained + 1024  # and the steps
-    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "scores.json", "heads.json", "heads.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "results.json", "scores.json", "heads.json", "heads.png", "losses.png", "memory.png"}
+    assert {len(losses) for losses in document["losses"].values()} == {12}
     assert HeadSelection.load(tmp_path / "heads.json").summary is not None
 
 
@@ -107,3 +109,16 @@ def test_demo_says_when_the_model_cannot_be_had(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2 and "no network" in capsys.readouterr().err
+
+
+def test_plot_draws_what_score_wrote(tmp_path):
+    from alps_kernels import HeadScores
+
+    for name, values in (("a", [1.0, 2.0, 3.0, 4.0]), ("b", [4.0, 2.0, 3.0, 1.0])):
+        HeadScores(values, [0, 1], [2, 2], metric="pad").save(tmp_path / f"{name}.json")
+    picture = tmp_path / "p.png"
+    assert invoke("plot", tmp_path / "a.json", "-o", picture).exit_code == 0
+    assert invoke("plot", tmp_path / "a.json", "-o", picture, "--kind", "overlap", "--other", tmp_path / "b.json",
+                  "--top", 0.5).exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert invoke("plot", tmp_path / "a.json", "-o", picture, "--kind", "overlap").exit_code != 0

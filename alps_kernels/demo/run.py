@@ -115,7 +115,8 @@ def run_demo(out: Path, *, tiny: bool = False, device: str | None = None, plan: 
     }
     write_json(out / "results.json", results)
     draw(results, out)
-    say(f"wrote   {', '.join(sorted(str(path) for path in out.iterdir()))}")
+    wrote = ("results.json", "scores.json", "heads.json", "heads.png", "losses.png", "memory.png")
+    say(f"wrote   {', '.join(str(out / name) for name in wrote)}")
     return results
 
 
