@@ -6,6 +6,7 @@ problem there is, is listed once, so a held-out problem was never trained on.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 from collections.abc import Sequence
@@ -85,6 +86,8 @@ def exact_match(model: nn.Module, tokenizer, problems: Sequence[Problem], batch:
     The answer is what stands before the first end of text or line end, spaces stripped.
     """
     device = next(model.parameters()).device
+    # transformers 5.24 renamed the argument, not the output's field.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     model.eval()
     by_length: dict[int, list[tuple[list[int], Problem]]] = {}
     for problem in problems:
@@ -96,7 +99,7 @@ def exact_match(model: nn.Module, tokenizer, problems: Sequence[Problem], batch:
             ids = torch.tensor([ids for ids, _ in group[at:at + batch]], device=device)
             cache, answer = None, []
             for _ in range(new_tokens):
-                out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                out = model(input_ids=ids, use_cache=True, **{name: cache})
                 cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
                 answer.append(ids)
             for row, (_, problem) in zip(torch.cat(answer, dim=1).tolist(), group[at:at + batch], strict=True):
