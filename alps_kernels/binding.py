@@ -166,12 +166,7 @@ def bind(selection: HeadSelection, model: nn.Module, rest: str, layout: HeadLayo
         from .locate import find_heads
 
         layout = find_heads(model)
-    if layout.heads_per_layer != selection.heads_per_layer:
-        raise ValueError(f"the selection is for {_shape(selection.heads_per_layer)}, "
-                         f"this model has {_shape(layout.heads_per_layer)}")
-    owned, chosen, cuts = defaultdict(list), defaultdict(list), {}
-    for layer in layout.layers:
-        _collect(layer, selection, owned, chosen, cuts)
+    owned, chosen, cuts = _collected(selection, layout)
     named = dict(model.named_parameters())
     if missing := [name for name in owned if name not in named]:
         raise LayoutError(f"the layout names {missing[0]}, which this model does not have")
@@ -187,6 +182,27 @@ def bind(selection: HeadSelection, model: nn.Module, rest: str, layout: HeadLayo
                 raise ValueError(f"{name} holds selected heads but has dtype {param.dtype}; expected floating point")
             params.append(part)
     return BoundSelection(selection, tuple(params), rest, selection.count(layout))
+
+
+def selected_ranges(selection: HeadSelection, layout: HeadLayout) -> dict[str, tuple[int, Ranges]]:
+    """What `selection` trains of a model with this layout: by parameter the axis and the ranges along it.
+
+    Raises:
+        ValueError: the model has other heads than the selection was made for.
+    """
+    _, chosen, cuts = _collected(selection, layout)
+    return {name: (cuts[name], merge(ranges)) for name, ranges in chosen.items()}
+
+
+def _collected(selection: HeadSelection, layout: HeadLayout) -> tuple[dict, dict, dict]:
+    """By parameter: the ranges that heads own, the selected ones of them, and the axis they cut."""
+    if layout.heads_per_layer != selection.heads_per_layer:
+        raise ValueError(f"the selection is for {_shape(selection.heads_per_layer)}, "
+                         f"this model has {_shape(layout.heads_per_layer)}")
+    owned, chosen, cuts = defaultdict(list), defaultdict(list), {}
+    for layer in layout.layers:
+        _collect(layer, selection, owned, chosen, cuts)
+    return owned, chosen, cuts
 
 
 def _collect(layer: AttentionLayer, selection: HeadSelection, owned: dict, chosen: dict, cuts: dict) -> None:

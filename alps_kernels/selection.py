@@ -237,16 +237,41 @@ class HeadSelection:
 
     # -- files -------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the selection as JSON (schema version 1), atomically."""
-        write_json(path, {
+    def to_json(self) -> dict[str, Any]:
+        """The selection as a JSON document (schema version 1)."""
+        return {
             "format": FORMAT, "version": VERSION,
             "heads_per_layer": list(self.heads_per_layer),
             "heads": [list(head) for head in self.heads],
             "kv": self.kv, "parts": list(self.parts),
             "summary": None if self.summary is None else [s.to_json() for s in self.summary],
             "provenance": self.provenance,
-        })
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> HeadSelection:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: the document holds no selection, or heads that cannot be.
+        """
+        try:
+            summary = document.get("summary")
+            provenance = document.get("provenance")
+            if provenance is not None and not isinstance(provenance, dict):
+                raise TypeError("provenance is not an object")
+            return cls(
+                [tuple(head) for head in document["heads"]], document["heads_per_layer"],
+                kv=document["kv"], parts=document["parts"], provenance=provenance,
+                summary=None if summary is None else [LayerSummary.from_json(s) for s in summary],
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"not a valid head selection: {what}") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the selection as JSON, atomically."""
+        write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> HeadSelection:
@@ -258,18 +283,9 @@ class HeadSelection:
         """
         document = read_json(path, FORMAT, VERSION)
         try:
-            summary = document.get("summary")
-            provenance = document.get("provenance")
-            if provenance is not None and not isinstance(provenance, dict):
-                raise TypeError("provenance is not an object")
-            return cls(
-                [tuple(head) for head in document["heads"]], document["heads_per_layer"],
-                kv=document["kv"], parts=document["parts"], provenance=provenance,
-                summary=None if summary is None else [LayerSummary.from_json(s) for s in summary],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{os.fspath(path)} is not a valid head selection: {what}") from error
+            return cls.from_json(document)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is {error}") from error
 
     # -- for people --------------------------------------------------------------------------
 
