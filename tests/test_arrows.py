@@ -15,9 +15,10 @@ ALLOWED = {
     "ops": {"csrc_triton"},
     "files": set(),
     **{name: LOCATING for name in LOCATING},
-    "binding": {"layout", "locate", "selection"},
+    "mirrors": set(),
+    "binding": {"layout", "locate", "selection", "mirrors"},
     "selection": {"layout", "binding", "files"},
-    "optimizer": {"ops", "binding", "state", "saved_state"},
+    "optimizer": {"ops", "binding", "state", "saved_state", "mirrors"},
     "saved_state": {"state"},
     "state": {"ops", "binding"},
     "pictures": {"files", "scores", "selection"},
@@ -35,7 +36,7 @@ ALLOWED = {
 }
 # What a room may import from outside; a room that is not named here: anything installed.
 OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton"}, "optimizer": {"torch"}, "state": {"torch"},
-           "saved_state": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"},
+           "saved_state": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
            "files": set(), "__init__": set()}
 STANDARD = __import__("sys").stdlib_module_names
 

@@ -1,0 +1,192 @@
+"""Leaves and mirrors: the trained slices of a weight, and their copy inside the full weight.
+
+A sliced projection holds the selected rows or columns of its weight in a compact leaf
+parameter, which is the truth, and multiplies with the full weight, which mirrors it. A mirror
+knows whether the two may differ and makes the full weight current. This file knows torch alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+SUFFIX = "_slice"  # the leaf of `weight` is the parameter `weight_slice` of the same module
+
+# Parameters by id; a parameter does not own its mirror, the sliced module does.
+_BY_LEAF: dict[int, tuple[weakref.ref, weakref.ref]] = {}
+_BY_WEIGHT: dict[int, tuple[weakref.ref, weakref.ref]] = {}
+
+
+class Mirror:
+    """One sliced parameter of one module: which part its leaf holds, and whether the two agree.
+
+    Args:
+        module: the sliced projection.
+        name: of the full parameter in it, "weight" or "bias".
+        dim: the axis that is cut, of the parameter as stored: 0 rows, 1 columns.
+        ranges: half-open along `dim`, sorted, disjoint; the leaf is their concatenation.
+        trained_before: `requires_grad` of the full parameter before it was sliced.
+    """
+
+    def __init__(self, module: nn.Module, name: str, dim: int, ranges: tuple[tuple[int, int], ...],
+                 trained_before: bool) -> None:
+        self.module, self.name, self.dim, self.ranges, self.trained_before = module, name, dim, ranges, trained_before
+        self.always = False  # compiled code and replayed graphs change the leaf unseen
+        self._forget()
+
+    def _forget(self) -> None:
+        self._known: tuple = (None, None)
+        self._stamp: tuple | None = None
+        self.formed = False  # a gradient, since weight and leaf last agreed
+        self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("module", "name", "dim", "ranges", "trained_before", "always")
+        return {key: self.__dict__[key] for key in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def weight(self) -> Tensor:
+        """The full parameter, as the module holds it now."""
+        return self.module._parameters[self.name]
+
+    @property
+    def leaf(self) -> nn.Parameter:
+        """The trained slices, as the module holds them now."""
+        return self.module._parameters[self.name + SUFFIX]
+
+    @property
+    def size(self) -> int:
+        """The leaf's length along `dim`."""
+        return sum(stop - start for start, stop in self.ranges)
+
+    def blocks(self, weight: Tensor) -> list[Tensor]:
+        """The mirrored ranges as views of a tensor of the full parameter's shape."""
+        return [weight.narrow(self.dim, start, stop - start) for start, stop in self.ranges]
+
+    def pairs(self, weight: Tensor, leaf: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(part of the weight, part of the leaf), range by range, views."""
+        return list(zip(self.blocks(weight), leaf.split([b - a for a, b in self.ranges], self.dim), strict=True))
+
+    def cut(self, weight: Tensor) -> Tensor:
+        """The leaf's values, from a tensor of the full parameter's shape."""
+        return torch.cat([block.detach() for block in self.blocks(weight)], self.dim)
+
+    # -- do they agree -----------------------------------------------------------------------
+
+    def adopt(self) -> None:
+        """From now on the module's parameters are these objects. They count as different until a copy."""
+        weight, leaf = self.weight, self.leaf
+        self._known = (weakref.ref(weight), weakref.ref(leaf))
+        self._stamp = None
+        _register(_BY_WEIGHT, weight, self)
+        _register(_BY_LEAF, leaf, self)
+
+    def owns(self, weight: Tensor, leaf: Tensor) -> bool:
+        """These are the module's own parameters, not stand-ins that live for one call (FSDP2, functional_call)."""
+        return all(ref is not None and ref() is t for ref, t in zip(self._known, (weight, leaf), strict=True))
+
+    def writable(self, leaf: Tensor) -> bool:
+        """A step may write `weight` where it writes `leaf`: plain tensors of one dtype and device."""
+        weight = self.weight
+        return (self.owns(weight, leaf) and weight.dtype == leaf.dtype and weight.device == leaf.device
+                and not weight.is_meta and all(type(t) in (Tensor, nn.Parameter) for t in (weight, leaf)))
+
+    def written(self, leaf: Tensor) -> None:
+        """Whoever calls this has just made the weight's slices and the leaf equal."""
+        self.formed, self._told = False, True
+        self._stamp = self._now(self.weight, leaf)
+
+    def stale(self, weight: Tensor, leaf: Tensor) -> bool:
+        """The two may differ. A step through `leaf.data` leaves no trace but the gradient it came from."""
+        return self.formed or self._stamp != self._now(weight, leaf)
+
+    @staticmethod
+    def _now(weight: Tensor, leaf: Tensor) -> tuple:
+        return leaf._version, leaf.data_ptr(), weight.data_ptr()
+
+    # -- make them agree ---------------------------------------------------------------------
+
+    def refresh(self, weight: Tensor, leaf: Tensor) -> None:
+        """Copy leaf to weight where they may differ; `weight` and `leaf` are what the module uses now."""
+        if not self.owns(weight, leaf):
+            self._copy(weight, leaf, silent=True)  # it may have been filled anew since the last call
+        elif self.always or self.stale(weight, leaf):
+            self.copy(weight, leaf)
+
+    def copy(self, weight: Tensor, leaf: Tensor) -> None:
+        """Copy leaf to weight, the module's own parameters, whether or not they differ."""
+        # Where nothing but a gradient speaks of a change, a graph that saved the weight stays usable,
+        # as it would for a weight changed through `.data`.
+        self._copy(weight, leaf, silent=self._stamp == self._now(weight, leaf))
+        self.formed = False
+        self._stamp = self._now(weight, leaf)
+
+    def _copy(self, weight: Tensor, leaf: Tensor, *, silent: bool) -> None:
+        keep = torch.autograd._unsafe_preserve_version_counter(weight) if silent else nullcontext()
+        with torch.no_grad(), keep:
+            for block, part in self.pairs(weight, leaf):
+                block.copy_(part)
+
+    def stepped(self, leaf: Tensor) -> None:
+        """An optimizer made a step on the leaf: copy, unless it told (`written`) that it did so itself."""
+        weight = self.weight
+        told, self._told = self._told, False
+        if self.owns(weight, leaf) and (self.stale(weight, leaf) or (leaf.grad is not None and not told)):
+            self.copy(weight, leaf)
+
+
+def mirror_of(param: Tensor) -> Mirror | None:
+    """The mirror of a sliced leaf; None for every other parameter."""
+    return _found(_BY_LEAF, param)
+
+
+def leaf_of(weight: Tensor) -> nn.Parameter | None:
+    """The leaf that holds trained slices of a full parameter; None for every other parameter."""
+    mirror = _found(_BY_WEIGHT, weight)
+    return None if mirror is None else mirror.leaf
+
+
+def mirrors_in(model: nn.Module) -> Iterator[tuple[str, Mirror]]:
+    """(name of the full parameter, mirror) of every sliced parameter, each once, FSDP2 or not."""
+    for prefix, module in model.named_modules():
+        for name, mirror in getattr(module, "_mirrors", {}).items():
+            yield f"{prefix}.{name}" if prefix else name, mirror
+
+
+def refresh(model: nn.Module) -> None:
+    """Make every full weight of a sliced model current, for whoever reads it without running the model."""
+    for _, mirror in mirrors_in(model):
+        mirror.refresh(mirror.weight, mirror.leaf)
+
+
+def _register(table: dict, param: Tensor, mirror: Mirror) -> None:
+    key = id(param)
+    table[key] = weakref.ref(param, lambda dead: table.pop(key) if table.get(key, (None,))[0] is dead else None), weakref.ref(mirror)
+
+
+def _found(table: dict, param: Tensor) -> Mirror | None:
+    entry = table.get(id(param))
+    return entry[1]() if entry is not None and entry[0]() is param else None
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Weights follow their leaves right after a step of any optimizer, so that every reader sees them."""
+    if torch.compiler.is_compiling():
+        return
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if (mirror := _found(_BY_LEAF, param)) is not None:
+                mirror.stepped(param)
+
+
+register_optimizer_step_post_hook(_after_step)
