@@ -21,7 +21,7 @@ from .representation import REPRESENTATIONS, Piece, check_projection, pieces
 from .scores import HeadScores
 from .weights import ModelWeights, Weights, pair_up
 
-Source = nn.Module | str | os.PathLike
+Source = nn.Module | ModelWeights | str | os.PathLike
 
 
 @torch.no_grad()
@@ -123,22 +123,23 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _open(base: Source, task: Source, config: Any) -> tuple[Weights, Weights]:
     for which, source in (("base", base), ("task", task)):
-        if not isinstance(source, (nn.Module, str, os.PathLike)):
+        if not isinstance(source, Source):
             raise TypeError(f"{which} is a {type(source).__name__}; expected a model or the path of a checkpoint")
     if base is task:
         raise ValueError("base and task are the same object: give the model before and after the task "
                          "(copy.deepcopy keeps one)")
-    paths = [None if isinstance(source, nn.Module) else os.path.realpath(source) for source in (base, task)]
+    here = (nn.Module, ModelWeights)
+    paths = [None if isinstance(source, here) else os.path.realpath(source) for source in (base, task)]
     if paths[0] is not None and paths[0] == paths[1]:
         raise ValueError(f"base and task are the same checkpoint, {os.fspath(base)}")
     opened = []
     for source, other in ((base, task), (task, base)):
-        if isinstance(source, nn.Module):
-            opened.append(ModelWeights(source))
+        if isinstance(source, here):
+            opened.append(ModelWeights(source) if isinstance(source, nn.Module) else source)
         else:
             from .integrations.checkpoints import open_checkpoint
 
-            opened.append(open_checkpoint(source, config=config, like=None if isinstance(other, nn.Module) else other))
+            opened.append(open_checkpoint(source, config=config, like=None if isinstance(other, here) else other))
     return opened[0], opened[1]
 
 
