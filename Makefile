@@ -8,7 +8,7 @@ OUT ?= out
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.set-up
 
-.PHONY: setup demo demo-tiny test census bench gpu clean
+.PHONY: setup demo demo-tiny test reliability census bench gpu clean
 
 setup: $(SETUP)
 
@@ -28,6 +28,10 @@ demo-tiny: $(SETUP)
 test: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/interpreted -m "not slow" -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not slow" -n 2 --dist loadfile
+
+# The faults that are tried, in one process, and docs/reliability.md from that run.
+reliability: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/interpreted -m fault --write-reliability
 
 census: $(SETUP)
 	$(BIN)/python -m tests.census --write-table

@@ -19,6 +19,8 @@ _HOMES = {
     "HeadScores": "scores",
     "score_heads": "scoring",
     "HeadAdamW": "optimizer",
+    "GuardError": "guarding",
+    "guard": "guarding",
 }
 
 __all__ = sorted(_HOMES)

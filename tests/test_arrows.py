@@ -18,6 +18,7 @@ ALLOWED = {
     "mirrors": set(),
     "binding": {"layout", "locate", "selection", "mirrors"},
     "selection": {"layout", "binding", "files"},
+    "guarding": {"layout", "binding", "selection"},
     "optimizer": {"ops", "binding", "state", "saved_state", "mirrors"},
     "saved_state": {"state"},
     "state": {"ops", "binding"},
@@ -37,7 +38,7 @@ ALLOWED = {
 }
 # What a room may import from outside; a room that is not named here: anything installed.
 OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton"}, "optimizer": {"torch"}, "state": {"torch"},
-           "saved_state": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
+           "saved_state": {"torch"}, "guarding": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
            "files": set(), "__init__": set()}
 STANDARD = __import__("sys").stdlib_module_names
 
