@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .binding import BoundParam, BoundSelection, Ranges, complement, merge
 from .layout import HeadLayout, as_matrix
+from .mirrors import mirrors_in
 from .selection import HeadSelection, selection_of
 
 SLAB = {"cpu": 2**18, "cuda": 2**24}  # words digested at once: near the cache, or enough to fill the device
@@ -105,10 +106,14 @@ class Guard:
             raise ValueError(f"{lost[0]} of the selection is not a parameter of this model: bind the selection to it")
         self._model, self._buffers = model, buffers
         self._parts = {part.name: part for part in heads.params}
+        # The mirrored slices of a full weight follow its leaf, which is watched itself.
+        self._parts |= {name: BoundParam(name, mirror.weight, mirror.dim, mirror.ranges) for name, mirror in mirrors_in(model)}
         self._keys: Tensor | None = None
-        self._facts = {name: _facts(tensor) for name, tensor in self._tensors()}
-        self._digests = {name: self._digest(name, tensor) for name, tensor in self._tensors()}
-        self.numel = sum(block.numel() for name, tensor in self._tensors() for _, block in self._frozen(name, tensor))
+        numel = {name: sum(block.numel() for _, block in self._frozen(name, tensor)) for name, tensor in self._tensors()}
+        watched = [(name, tensor) for name, tensor in self._tensors() if numel[name]]
+        self._facts = {name: _facts(tensor) for name, tensor in watched}
+        self._digests = {name: self._digest(name, tensor) for name, tensor in watched}
+        self.numel = sum(numel.values())
 
     def check(self) -> None:
         """Raises GuardError where a byte outside the selection is not what it was."""
@@ -128,7 +133,7 @@ class Guard:
                 digest = self._digest(name, now[name])
                 old = [part.to(digest[0].device) for part in self._digests[name]]
                 doubted[name] = [new != then for new, then in zip(digest, old, strict=True)]
-        rows = [(name, differ[0].any()) for name, differ in doubted.items() if differ[0].numel()]
+        rows = [(name, differ[0].any()) for name, differ in doubted.items()]
         flags = torch.stack([flag.to(rows[0][1].device) for _, flag in rows]).tolist() if rows else []
         for (name, _), moved in zip(rows, flags, strict=True):
             if moved:

@@ -18,7 +18,7 @@ ALLOWED = {
     "mirrors": set(),
     "binding": {"layout", "locate", "selection", "mirrors"},
     "selection": {"layout", "binding", "files"},
-    "guarding": {"layout", "binding", "selection"},
+    "guarding": {"layout", "binding", "selection", "mirrors"},
     "optimizer": {"ops", "binding", "state", "saved_state", "mirrors"},
     "saved_state": {"state"},
     "state": {"ops", "binding"},
