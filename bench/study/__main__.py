@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", default=[], help="methods")
     parser.add_argument("--limit", type=int, help="cells at most")
     parser.add_argument("--seconds", type=float, help="begin no cell after this time")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     if given.verb == "run":
         run(given.profile, given.only, given.limit, given.seconds)
     elif given.verb == "list":

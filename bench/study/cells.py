@@ -77,7 +77,7 @@ def sweep(profile: str, plan: dict[str, Any], rates: dict[str, list[float]]) -> 
         for method in plan["methods"]:
             cell = of_method(profile, plan, task, method)
             for lr in rates[method]:
-                yield _with(cell, lr=lr, seed=plan["sweep_seed"])
+                yield altered(cell, lr=lr, seed=plan["sweep_seed"])
 
 
 def main(profile: str, plan: dict[str, Any], chosen: dict[tuple[str, str], float]) -> Iterator[Cell]:
@@ -85,7 +85,7 @@ def main(profile: str, plan: dict[str, Any], chosen: dict[tuple[str, str], float
     def at_seeds(cell: Cell) -> Iterator[Cell]:
         if (cell.task, cell.method) in chosen:
             for seed in plan["seeds"]:
-                yield _with(cell, lr=chosen[cell.task, cell.method], seed=seed)
+                yield altered(cell, lr=chosen[cell.task, cell.method], seed=seed)
 
     for task in plan["tasks"]:
         for method in plan["methods"]:
@@ -93,18 +93,18 @@ def main(profile: str, plan: dict[str, Any], chosen: dict[tuple[str, str], float
     for task in plan["tasks"]:
         alps = of_method(profile, plan, task, "alps")
         for metric, representation in plan["metrics"]:
-            yield from at_seeds(_with(alps, metric=metric, representation=representation))
+            yield from at_seeds(altered(alps, metric=metric, representation=representation))
         for kind in plan["task_models"]:
-            yield from at_seeds(_with(alps, task_model=kind))
+            yield from at_seeds(altered(alps, task_model=kind))
         for ratio in plan["ratios"]:
-            yield from at_seeds(_with(alps, ratio=ratio))
+            yield from at_seeds(altered(alps, ratio=ratio))
     for source, target in plan["transfer"]:
         for heads_from in (source, ""):
-            cell = _with(of_method(profile, plan, target, "alps"), heads_from=heads_from)
+            cell = altered(of_method(profile, plan, target, "alps"), heads_from=heads_from)
             for seed in plan["seeds"]:
                 if (source, "alps") in chosen:
-                    yield _with(cell, lr=chosen[source, "alps"], seed=seed)
+                    yield altered(cell, lr=chosen[source, "alps"], seed=seed)
 
 
-def _with(cell: Cell, **changes: Any) -> Cell:
+def altered(cell: Cell, **changes: Any) -> Cell:
     return Cell(**{f.name: changes.get(f.name, getattr(cell, f.name)) for f in fields(cell)})
