@@ -8,7 +8,7 @@ OUT ?= out
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.set-up
 
-.PHONY: setup demo demo-tiny test reliability census bench gpu clean
+.PHONY: setup demo demo-tiny test reliability census bench gpu study clean
 
 setup: $(SETUP)
 
@@ -38,6 +38,13 @@ census: $(SETUP)
 
 bench: $(SETUP)
 	$(BIN)/python -m bench
+
+# The study of docs/evidence.md: PROFILE=cpu takes hours on two cores, PROFILE=gpu is written for one GPU. It goes on where it stopped.
+PROFILE ?= cpu
+study: $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[study]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.study run --profile $(PROFILE)
+	$(BIN)/python -m bench.study report --profile $(PROFILE)
 
 # On a machine with a GPU and an environment of its own (the python3 that holds torch): tests, sanitizer, benches, report.
 gpu:
