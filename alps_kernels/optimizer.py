@@ -12,7 +12,8 @@ from torch import Tensor
 from .binding import BoundSelection
 from .ops.head_adamw import head_adamw_, head_grad_norm
 from .ops.updates import Update, hypers_of
-from .saved_state import FORMAT, VERSION, read_saved
+from .saved_state import FORMAT, VERSION, read_saved, saved_entry
+from .sharding import like, sum_of_squares
 from .state import HALVES, MOMENTS, Slot, check_grad, check_param, check_state, checked_precision, regrown, whole
 
 OURS = ("master", "moment_dtype")  # entries of a param group that torch.optim.AdamW does not have
@@ -147,7 +148,8 @@ class HeadAdamW(torch.optim.Optimizer):
         if chosen:
             lost = next(iter(chosen.values()))
             raise ValueError(f"{lost.name} holds selected slices but is not among the optimizer's params"
-                             f" ({len(chosen)} such); pass model.parameters() of the model that was bound")
+                             f" ({len(chosen)} such); pass model.parameters() of the model that was bound,"
+                             " and bind it again after fully_shard, which replaces parameters")
         return slots
 
     # -- the step ----------------------------------------------------------------------------
@@ -190,7 +192,7 @@ class HeadAdamW(torch.optim.Optimizer):
             return
         control = self._control(updates, found_inf)
         for update in updates:
-            self.state[update.param] = update.state
+            self.state[update.owner] = update.state
         head_adamw_(updates, control=control, seed=self.seed, plans=self._plans, backend=self._backend)
         torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]).reshape(()))
 
@@ -234,21 +236,42 @@ class HeadAdamW(torch.optim.Optimizer):
         if scale is not None:
             factor = factor / torch.as_tensor(scale, device=device).double().reshape(())
         if self.max_grad_norm is not None:
-            norm = head_grad_norm(updates, seed=self.seed, plans=self._plans, backend=self._backend)
-            self.grad_norm = norm.to(device) * factor
+            self.grad_norm = self._norm(updates).to(device) * factor
             factor = factor * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         skip = torch.zeros_like(factor) if found_inf is None else found_inf.to(factor).reshape(())
         return torch.stack([factor, skip]).float()
+
+    def _norm(self, updates: list[Update]) -> Tensor:
+        """Of the gradients of what trains, over the shards of all ranks."""
+        if not any(update.sharded for update in updates):
+            return head_grad_norm(updates, seed=self.seed, plans=self._plans, backend=self._backend)
+
+        def square(members: list[int]) -> Tensor:
+            plans = self._plans if len(members) == len(updates) else None
+            return head_grad_norm([updates[i] for i in members], seed=self.seed, plans=plans, backend=self._backend).square()
+
+        return sum_of_squares([update.owner for update in updates], square).sqrt()
 
     # -- files -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and under "alps" what trains, so that it is refused where it does not fit.
 
-        `torch.optim.AdamW` loads it where whole parameters train.
+        `torch.optim.AdamW` loads it where whole parameters train. The state of a partly selected
+        parameter names its slices once more, since `torch.distributed.checkpoint` keeps nothing
+        but "state" and "param_groups"; `master_lo` is there in bytes, [..., 2], since no backend
+        sends int16.
+
+        Of sharded parameters that train in part it holds the compact state of all ranks, the same
+        for any number of them: a collective, which every rank must call. State of parameters
+        that train whole is sharded as they are.
         """
         saved = super().state_dict()
         index = self._indices()
+        saved["state"].update({index[param]: saved_entry(slot, self.state[param]) for param, slot in self._slots.items()
+                               if self.state.get(param)})
+        for group in saved["param_groups"]:  # torch's gathering of state dicts knows no dtypes
+            group["moment_dtype"] = str(group["moment_dtype"]).removeprefix("torch.")
         saved["alps"] = {"format": FORMAT, "version": VERSION, "seed": self.seed,
                          "params": {index[param]: slot.describe() for param, slot in self._slots.items()}}
         return saved
@@ -260,7 +283,7 @@ class HeadAdamW(torch.optim.Optimizer):
         """
         saved = super().state_dict()
         slots = {index: self._slots[param] for param, index in self._indices().items() if param in self._slots}
-        state = {index: {key: value.max() if key == "step" else slots[index].spread(value)
+        state = {index: {key: value.max() if key == "step" else like(slots[index].param, slots[index].spread(value))
                          for key, value in entry.items() if key == "step" or key in MOMENTS}
                  for index, entry in saved["state"].items()}
         groups = [{key: value for key, value in group.items() if key not in OURS} for group in saved["param_groups"]]

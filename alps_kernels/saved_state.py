@@ -6,11 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .sharding import cut_compact, gather_compact, share_of, viewed
 from .state import LOW, MOMENTS, Slot
 
 FORMAT, VERSION = "alps_kernels.head_adamw", 1
+
+
+def saved_entry(slot: Slot, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state as it is saved. That of a partly selected parameter is of all ranks and has `slices`.
+
+    `slices` is int64: the axis that is cut, then the start and stop of every span.
+    """
+    entry = dict(state)
+    if not slot.part.full:
+        entry = {key: value if key == "step" else gather_compact(slot.part, value) for key, value in state.items()}
+        entry["slices"] = torch.tensor([slot.part.dim, *(edge for span in slot.spans for edge in span)],
+                                       device=slot.param.device)
+    if "master_lo" in entry:
+        low = entry["master_lo"]
+        entry["master_lo"] = viewed(low, lambda held: held.unsqueeze(-1).view(torch.uint8), (*low.shape, 2))
+    return entry
 
 
 def read_saved(saved: Mapping[str, Any], param_groups: Sequence[Mapping], slots: Mapping[Tensor, Slot],
@@ -40,8 +58,8 @@ def read_saved(saved: Mapping[str, Any], param_groups: Sequence[Mapping], slots:
         key, group = index[param]
         if entry := saved["state"].get(key):
             slots[param], states[param] = read_state(
-                slot, entry, described and described[key], amsgrad=group.get("amsgrad", False),
-                device_step=group.get("capturable", False))
+                slot, entry, described[key] if described else described_by(slot, entry.get("slices")),
+                amsgrad=group.get("amsgrad", False), device_step=group.get("capturable", False))
     return {"slots": slots, "states": states, "seed": seed}
 
 
@@ -66,6 +84,8 @@ def read_state(slot: Slot, saved: Mapping[str, Any], described: Mapping[str, Any
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{slot.name}: the saved state has no {key}")
+        if key == "master_lo" and value.dtype == torch.uint8 and value.shape[-1:] == (2,):
+            value = viewed(value, lambda held: held.contiguous().view(torch.int16).squeeze(-1), value.shape[:-1])
         dense = described is None or slot.part.full
         shape = tuple(slot.param.shape) if dense else (slot.part.numel,)
         if tuple(value.shape) != shape:
@@ -74,8 +94,26 @@ def read_state(slot: Slot, saved: Mapping[str, Any], described: Mapping[str, Any
         dtype = slot.low_dtype if key in LOW else slot.moment_dtype
         if described is not None and value.dtype != dtype:
             raise ValueError(f"{slot.name}: the saved {key} is {value.dtype}, expected {dtype}")
-        state[key] = (slot.cut(value) if dense else value.clone()).to(device=slot.param.device, dtype=dtype)
+        held = slot.cut(share_of(slot.param, value)) if dense else cut_compact(slot.part, value)
+        state[key] = slot.placed(held.to(device=slot.param.device, dtype=dtype))
     return slot, state
+
+
+def described_by(slot: Slot, slices: Any) -> dict[str, Any] | None:
+    """What `slices` of a saved state say of it, found to be the slot's; None without them.
+
+    Raises:
+        ValueError: they are of another selection.
+    """
+    if slices is None:
+        return None
+    dim, *edges = slices.tolist() if isinstance(slices, Tensor) and slices.ndim == 1 and slices.numel() else [None]
+    spans = [list(span) for span in zip(edges[::2], edges[1::2], strict=False)]
+    ours = [list(r) for r in slot.part.ranges]
+    if slot.part.full or dim != slot.part.dim or len(edges) % 2 or not _subdivide(spans, ours):
+        raise ValueError(f"the saved state is of another selection: {slot.name}: spans {spans} along {dim} there,"
+                         f" ranges {ours} along {slot.part.dim} here")
+    return {"spans": spans}
 
 
 def _read_step(slot: Slot, saved: Any, device_step: bool) -> Tensor:

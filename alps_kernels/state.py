@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .binding import BoundParam, Ranges
-from .ops.updates import Block
+from .ops.updates import Block, is_sharded, local
+from .sharding import check_shards, clip, like, part_here
 
 MASTERS = (None, "split", "kahan", "stochastic")
 HALVES = (torch.bfloat16, torch.float16)
@@ -54,8 +55,21 @@ class Slot:
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
         """State before the first step: the parameter's shape where all of it trains, else compact."""
-        shape = self.param.shape if self.part.full else (self.part.numel,)
-        return torch.zeros(shape, dtype=dtype, device=self.param.device)
+        return self.placed(torch.zeros(self.shape_here, dtype=dtype, device=self.param.device))
+
+    @property
+    def here(self) -> BoundParam:
+        """What trains of the shard that this rank holds; `part` where the parameter has no shards."""
+        return part_here(self.part)
+
+    @property
+    def shape_here(self) -> tuple[int, ...]:
+        """Of this rank's share of a state tensor."""
+        return tuple(local(self.param).shape) if self.part.full else (self.here.numel,)
+
+    def placed(self, held: Tensor) -> Tensor:
+        """This rank's share of a state tensor as the tensor that is kept: a DTensor as the parameter is, or compact."""
+        return like(self.param, held) if self.part.full else held
 
     def new_state(self, *, amsgrad: bool, device_step: bool) -> dict[str, Tensor]:
         state = {"step": self.step_tensor([0.0], device_step)}
@@ -76,29 +90,36 @@ class Slot:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """The rectangles that train, with their places in the state: one for each span."""
-        other = self.param.numel() // max(self.part.extent, 1)
+        """The rectangles of the local tensor that train, with their places in the state: one for each span.
+
+        Spans that lie in other ranks' shards are empty, so that every rank has as many.
+        """
+        held = local(self.param)
+        rows = held.shape[0] if held.ndim else 1
+        other = held.numel() // max(rows, 1) if self.part.dim == 0 else rows
         at, blocks, spans = 0, [], iter(self.spans)
         for start, stop in self.part.ranges:
-            edge = start
+            edge, (first, last) = start, (clip(self.part, start), clip(self.part, stop))
             while edge < stop:
                 low, edge = next(spans)
+                top, end = clip(self.part, low), clip(self.part, edge)
                 if self.part.dim == 0:
-                    blocks.append(Block(0, low, edge, at + (low - start) * other, other))
+                    blocks.append(Block(0, top, end, at + (top - first) * other, other))
                 else:  # the columns of a range lie side by side in its state
-                    blocks.append(Block(1, low, edge, at + low - start, stop - start))
-            at += (stop - start) * other
+                    blocks.append(Block(1, top, end, at + top - first, last - first))
+            at += (last - first) * other
         return tuple(blocks)
 
     def cut(self, dense: Tensor) -> Tensor:
-        return dense.clone(memory_format=torch.contiguous_format) if self.part.full else self.part.cut(dense)
+        """This rank's share of a state tensor, from a dense one of the local tensor's shape."""
+        return dense.clone(memory_format=torch.contiguous_format) if self.part.full else self.here.cut(dense)
 
     def spread(self, stored: Tensor) -> Tensor:
-        """Dense, of the parameter's shape, zero where nothing trains."""
+        """A state tensor made dense, of the local tensor's shape, zero where nothing trains."""
         if self.part.full:
-            return stored.clone()
-        dense = torch.zeros(self.param.shape, dtype=stored.dtype, device=stored.device)
-        self.part.spread(stored, dense)
+            return local(stored).clone()
+        dense = torch.zeros(local(self.param).shape, dtype=stored.dtype, device=stored.device)
+        self.here.spread(stored, dense)
         return dense
 
     def describe(self) -> dict[str, Any]:
@@ -134,7 +155,7 @@ def regrown(old: Slot, new: Slot, state: Mapping[str, Tensor]) -> tuple[Slot, di
     if len(set(ages)) == 1:
         spans, ages = list(new.part.ranges), ages[:1]
     slot = replace(new, spans=tuple(spans))
-    carried = {key: new.cut(old.spread(value)) for key, value in state.items() if key != "step"}
+    carried = {key: new.placed(new.cut(old.spread(value))) for key, value in state.items() if key != "step"}
     return slot, {"step": slot.step_tensor(ages, state["step"].device.type != "cpu"), **carried}
 
 
@@ -155,12 +176,11 @@ def whole(name: str, param: Tensor) -> BoundParam:
 
 def check_param(part: BoundParam) -> None:
     """Raises ValueError where the parameter is of a sort that does not train here."""
-    if hasattr(part.param, "_local_tensor"):
-        raise ValueError(f"{part.name} is a DTensor: HeadAdamW does not train sharded parameters yet")
     if not part.param.is_floating_point():
         raise ValueError(f"{part.name} has dtype {part.param.dtype}; HeadAdamW trains real floating-point parameters")
     if part.param.layout != torch.strided:
         raise ValueError(f"{part.name} has layout {part.param.layout}; HeadAdamW trains dense parameters")
+    check_shards(part)
 
 
 def check_grad(slot: Slot) -> None:
@@ -173,17 +193,24 @@ def check_grad(slot: Slot) -> None:
     if grad.shape != param.shape or grad.device != param.device or not grad.is_floating_point():
         raise ValueError(f"{slot.name}: its gradient is {list(grad.shape)} {grad.dtype} on {grad.device}, expected"
                          f" {list(param.shape)} floating point on {param.device}")
+    if is_sharded(param) and (not is_sharded(grad) or grad.placements != param.placements):
+        raise ValueError(f"{slot.name}: its gradient is {f'placed {grad.placements}' if is_sharded(grad) else 'no DTensor'},"
+                         f" expected a DTensor placed as the parameter is, {param.placements}")
 
 
 def check_state(slot: Slot, state: dict[str, Tensor], amsgrad: bool) -> None:
     """Raises ValueError where an entry is missing or does not fit the parameter."""
-    shape = slot.param.shape if slot.part.full else (slot.part.numel,)
+    shape, placed = slot.shape_here, slot.part.full and is_sharded(slot.param)
     for key in (*MOMENTS[:3 if amsgrad else 2], *([slot.low_key] if slot.low_key else [])):
         value = state.get(key)
         if value is None:
             raise ValueError(f"{slot.name}: its state has no {key}; was amsgrad or master switched on after a step?")
         dtype = slot.low_dtype if key in LOW else slot.moment_dtype
-        if tuple(value.shape) != tuple(shape) or value.device != slot.param.device or value.dtype != dtype \
+        if is_sharded(value) != placed:
+            raise ValueError(f"{slot.name}: its {key} is {'a' if is_sharded(value) else 'no'} DTensor, expected"
+                             f" {'one' if placed else 'none'}; was the model sharded after the first step?")
+        value = local(value)
+        if tuple(value.shape) != shape or value.device != slot.param.device or value.dtype != dtype \
                 or not value.is_contiguous():
             raise ValueError(f"{slot.name}: its {key} is {list(value.shape)} {value.dtype} on {value.device}, expected"
                              f" {list(shape)} {dtype} on {slot.param.device}, contiguous; was the model moved after"

@@ -19,9 +19,10 @@ ALLOWED = {
     "binding": {"layout", "locate", "selection", "mirrors"},
     "selection": {"layout", "binding", "files"},
     "guarding": {"layout", "binding", "selection", "mirrors"},
-    "optimizer": {"ops", "binding", "state", "saved_state", "mirrors"},
-    "saved_state": {"state"},
-    "state": {"ops", "binding"},
+    "optimizer": {"ops", "binding", "state", "saved_state", "mirrors", "sharding"},
+    "saved_state": {"state", "sharding"},
+    "state": {"ops", "binding", "sharding"},
+    "sharding": {"ops", "binding"},
     "pictures": {"files", "scores", "selection"},
     "comparison": {"selection", "scores"},
     "scores": {"files", "selection", "layout", "pictures", "comparison"},
@@ -38,7 +39,7 @@ ALLOWED = {
 }
 # What a room may import from outside; a room that is not named here: anything installed.
 OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton"}, "optimizer": {"torch"}, "state": {"torch"},
-           "saved_state": {"torch"}, "guarding": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
+           "saved_state": {"torch"}, "sharding": {"torch"}, "guarding": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
            "files": set(), "__init__": set()}
 STANDARD = __import__("sys").stdlib_module_names
 

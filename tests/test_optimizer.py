@@ -385,14 +385,6 @@ def test_a_compiled_training_step_steps(backend):
         assert (a - b).abs().max() < 1e-6
 
 
-def test_dtensors_are_refused():
-    class Sharded(nn.Parameter):
-        _local_tensor = None
-
-    with pytest.raises(ValueError, match="parameter 0 of group 0 is a DTensor"):
-        HeadAdamW([Sharded(torch.zeros(2))])
-
-
 @pytest.mark.parametrize("rest", ["frozen", "trainable"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_heads_of_a_model_train_and_the_others_stay(family, rest):

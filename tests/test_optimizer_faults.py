@@ -70,8 +70,8 @@ FAULTS = {
     "the mask lost": (updates, [("matrix(tensor).narrow(self.dim, self.start, self.stop - self.start)",
                                  "matrix(tensor).narrow(self.dim, 0, self.stop - self.start)")], frozen),
     "the last block skipped": (state, [("        return tuple(blocks)\n", "        return tuple(blocks[:-1])\n")], masked),
-    "rows of state one block off": (state, [("at + (low - start) * other, other", "at, other")], reselected),
-    "columns of state one block off": (state, [("Block(1, low, edge, at + low - start", "Block(1, low, edge, at")],
+    "rows of state one block off": (state, [("at + (top - first) * other, other", "at, other")], reselected),
+    "columns of state one block off": (state, [("Block(1, top, end, at + top - first", "Block(1, top, end, at")],
                                        reselected),
     "joining elements inherit the age": (state, [("ages += [age[edge] for edge in edges[:-1]]",
                                                   "ages += [max(age) for edge in edges[:-1]]")], reselected),
@@ -93,8 +93,8 @@ FAULTS = {
                                    lambda: test_optimizer.test_a_fault_in_the_last_parameter_moves_none(
                                        lambda p: setattr(p["bias"], "grad", torch.zeros(48).to_sparse()),
                                        RuntimeError, "sparse gradients: that of bias")),
-    "the cast to the parameter's dtype on loading": (saved_state, [("device=slot.param.device, dtype=dtype)\n    return slot",
-                                                              "device=slot.param.device, dtype=slot.param.dtype)\n"
+    "the cast to the parameter's dtype on loading": (saved_state, [("device=slot.param.device, dtype=dtype))\n    return slot",
+                                                              "device=slot.param.device, dtype=slot.param.dtype))\n"
                                                               "    return slot")],
                                                     resume("split", torch.float32)),
     "the seed not restored": (saved_state, [('        seed = saved["alps"]["seed"]\n', "")],
@@ -103,8 +103,8 @@ FAULTS = {
                                        '("shape", "dim", "master", "moment_dtype")')], refused("other rows")),
     "other masters accepted": (saved_state, [('"ranges", "master", "moment_dtype")\n', '"ranges", "moment_dtype")\n')],
                                refused("master")),
-    "loaded state shared with the file": (saved_state, [("(slot.cut(value) if dense else value.clone())",
-                                                   "(slot.cut(value) if dense and not slot.part.full else value)")],
+    "loaded state shared with the file": (saved_state, [("held = slot.cut(share_of(slot.param, value)) if dense",
+                                                   "held = (value if slot.part.full else slot.cut(value)) if dense")],
                                           test_optimizer_state.test_loading_does_not_share_memory_with_the_file),
     "the lower half lost": (reference_rounding, [("low.copy_(bits - (high << 16))", "low.zero_()")],
                             test_optimizer_precision.test_split_bfloat16_is_a_bijection),

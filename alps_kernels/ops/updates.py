@@ -37,6 +37,16 @@ class Block(NamedTuple):
         return compact.as_strided(shape, (self.stride, 1), compact.storage_offset() + self.offset)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """It is a DTensor (told without importing torch.distributed)."""
+    return hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, sharing its memory."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
 def matrix(tensor: Tensor) -> Tensor:
     """[shape[0], -1] as a view; vectors are [n, 1], scalars [1, 1]."""
     if tensor.ndim == 2:
@@ -107,10 +117,12 @@ class Update:
 
     Attributes:
         name: for errors.
-        param, grad: same shape; outside the blocks neither is read or written.
+        param, grad: same shape; outside the blocks neither is read or written. Of DTensors, here
+            and in the state, the shards of this rank are taken.
         blocks: what trains; None: the whole parameter, and state of the parameter's shape.
         exp_avg, exp_avg_sq, max_exp_avg_sq: the state; the last only with amsgrad.
         state: where the optimizer keeps these tensors.
+        owner, sharded: the parameter as the optimizer knows it; whether `param` is a shard of it.
         low: what 16 bits of the parameter do not hold: int16 for "split", of the parameter's
             dtype for "kahan", None otherwise.
         master: None, "split", "kahan" or "stochastic"; only where the parameter has 16 bits.
@@ -133,6 +145,11 @@ class Update:
     state: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
+        self.owner, self.sharded = self.param, is_sharded(self.param)
+        if self.sharded:
+            self.param, self.grad = local(self.param), local(self.grad)
+            self.exp_avg, self.exp_avg_sq = local(self.exp_avg), local(self.exp_avg_sq)
+            self.max_exp_avg_sq, self.low = (t if t is None else local(t) for t in (self.max_exp_avg_sq, self.low))
         self.addresses = (self.param.data_ptr(), self.grad.data_ptr())
         self._grad = weakref.ref(self.grad)
 
@@ -143,6 +160,10 @@ class Update:
     def holds(self, grad: Tensor, amsgrad: bool) -> bool:
         """The tensors are still these, where they were; then the gradient is taken up again."""
         state = self.state
+        if self.sharded:
+            if local(self.owner) is not self.param:
+                return False
+            grad, state = local(grad), {key: local(value) for key, value in state.items()}
         if (grad is not self._grad() or state.get("exp_avg") is not self.exp_avg
                 or state.get("exp_avg_sq") is not self.exp_avg_sq
                 or state.get("max_exp_avg_sq") is not self.max_exp_avg_sq or amsgrad == (self.max_exp_avg_sq is None)

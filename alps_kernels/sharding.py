@@ -1,0 +1,177 @@
+"""What of a sharded (DTensor) parameter this rank holds, and its share of what trains.
+
+A rank holds a rectangle of the parameter; a compact state holds the selected elements, globally
+in the order of `BoundParam.cut`, on each rank those of its rectangle in the same order. Tensors
+that are not sharded are held whole: everything here works on them too and sends nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .binding import BoundParam
+from .ops.updates import is_sharded, local
+
+Span = tuple[int, int]
+
+
+def bounds(tensor: Tensor) -> list[Span]:
+    """For every dimension the half-open range that this rank holds: equal chunks, the last ones short or empty."""
+    spans = [(0, size) for size in tensor.shape]
+    if is_sharded(tensor):
+        for axis, placement in enumerate(tensor.placements):
+            if placement.is_shard():
+                first, last = spans[placement.dim]
+                chunk = -(-(last - first) // tensor.device_mesh.size(axis))
+                start = min(first + tensor.device_mesh.get_local_rank(axis) * chunk, last)
+                spans[placement.dim] = (start, min(start + chunk, last))
+    return spans
+
+
+def check_shards(part: BoundParam) -> None:
+    """Raises ValueError where the parameter is sharded in a way that cannot be followed."""
+    param = part.param
+    if not is_sharded(param):
+        return
+    where = f"{part.name} is a DTensor with placements {tuple(param.placements)}"
+    if any(type(placement).__name__ not in ("Shard", "Replicate") for placement in param.placements):
+        raise ValueError(f"{where}; expected Shard and Replicate")
+    if not part.full and any(p.is_shard() and p.dim > 0 for p in param.placements) and param.ndim != 2:
+        raise ValueError(f"{where} and {param.ndim} dimensions, of which a part trains; expected it sharded along 0")
+    held = tuple(stop - start for start, stop in bounds(param))
+    if held != tuple(param._local_tensor.shape):
+        raise ValueError(f"{where}: this rank holds {list(param._local_tensor.shape)}, expected {list(held)}")
+
+
+def clip(part: BoundParam, edge: int) -> int:
+    """A position along the axis that is cut, as one along that axis of what this rank holds."""
+    first, last = _rectangle(part.param)[part.dim]
+    return min(max(edge, first), last) - first
+
+
+def part_here(part: BoundParam) -> BoundParam:
+    """What trains of the local tensor."""
+    if not is_sharded(part.param):
+        return part
+    ranges = ((clip(part, start), clip(part, stop)) for start, stop in part.ranges)
+    return replace(part, param=local(part.param), ranges=tuple(r for r in ranges if r[0] < r[1]))
+
+
+def like(param: Tensor, held: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """`held`, this rank's share of a tensor of the parameter's shape, as a tensor placed as the parameter is.
+
+    Args:
+        shape: of the whole tensor where it is another, with more or fewer dimensions at the end.
+    """
+    if not is_sharded(param):
+        return held
+    from torch.distributed.tensor import DTensor
+
+    whole = torch.empty(param.shape if shape is None else tuple(shape), device="meta")
+    return DTensor.from_local(held, param.device_mesh, param.placements, run_check=False,
+                              shape=whole.shape, stride=whole.stride())
+
+
+def viewed(tensor: Tensor, view: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
+    """`view` of what this rank holds of a tensor, as a tensor of `shape` placed as it is."""
+    return like(tensor, view(local(tensor)), shape)
+
+
+def share_of(param: Tensor, value: Tensor) -> Tensor:
+    """This rank's share of `value`: of the parameter's shape, placed like it, otherwise, or not sharded at all."""
+    if is_sharded(value):
+        if is_sharded(param) and value.device_mesh == param.device_mesh:
+            return local(value if value.placements == param.placements else
+                         value.redistribute(param.device_mesh, param.placements))
+        value = value.full_tensor()
+    for dim, (start, stop) in enumerate(bounds(param)):
+        value = value.narrow(dim, start, stop - start)
+    return value
+
+
+def cut_compact(part: BoundParam, whole: Tensor) -> Tensor:
+    """This rank's elements of a compact tensor, [part.numel], as a new tensor."""
+    if not is_sharded(part.param):
+        return whole.clone()
+    mine = whole.new_empty(part_here(part).numel)
+    for there, here in _twins(part, whole, mine):
+        here.copy_(there)
+    return mine
+
+
+def gather_compact(part: BoundParam, mine: Tensor) -> Tensor:
+    """The compact tensor [part.numel] of which every rank holds its elements: the same bytes on every rank.
+
+    A collective of the ranks that hold the parameter.
+    """
+    if not is_sharded(part.param):
+        return mine
+    whole = mine.new_zeros(part.numel)
+    for there, here in _twins(part, whole, mine):
+        there.copy_(here)
+    # Each byte is one rank's and zero on the others, so that no sum carries or rounds.
+    for group in shard_groups(part.param):
+        torch.distributed.all_reduce(whole.view(torch.uint8), group=group)
+    return whole
+
+
+def shard_groups(param: Tensor) -> list[Any]:
+    """The process groups whose ranks hold different shards, outermost first."""
+    return [param.device_mesh.get_group(axis) for axis, p in enumerate(param.placements) if p.is_shard()]
+
+
+def sum_of_squares(params: Sequence[Tensor], square: Callable[[list[int]], Tensor]) -> Tensor:
+    """A sum over all elements of parameters, each shard counted once: the same bits on every rank.
+
+    Args:
+        params: replicated, sharded or plain.
+        square: the local sum over the parameters at these positions, a float64 scalar.
+    """
+    together = defaultdict(list)
+    for index, param in enumerate(params):
+        key = (param.device_mesh, tuple(p.is_shard() for p in param.placements)) if is_sharded(param) else None
+        together[key].append(index)
+    total = None
+    for key, members in together.items():
+        one = square(members)
+        for group in shard_groups(params[members[0]]) if key else ():
+            every = [torch.empty_like(one) for _ in range(torch.distributed.get_world_size(group))]
+            torch.distributed.all_gather(every, one, group=group)
+            one = torch.stack(every).sum()  # in the order of ranks
+        total = one if total is None else total + one.to(total.device)
+    return total
+
+
+def _rectangle(param: Tensor) -> tuple[Span, Span]:
+    """The rows and the columns of `as_matrix(param)` that this rank holds."""
+    spans = bounds(param)
+    rows = spans[0] if spans else (0, 1)
+    if len(spans) == 2:
+        return rows, spans[1]
+    total = param.shape[0] if param.ndim else 1
+    return rows, (0, param.numel() // max(total, 1))
+
+
+def _twins(part: BoundParam, whole: Tensor, mine: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every range the same elements as 2-D views of the global compact tensor and of this rank's."""
+    rect = _rectangle(part.param)
+    extent = (part.param.shape[0] if part.param.ndim else 1, part.param.numel() // max(part.param.shape[0], 1)
+              if part.param.ndim else 1)
+    at = here = 0
+    for span in part.ranges:
+        block = [(0, size) for size in extent]
+        block[part.dim] = span
+        height, width = (stop - start for start, stop in block)
+        held = [(max(a, c), max(max(a, c), min(b, d))) for (a, b), (c, d) in zip(block, rect, strict=True)]
+        (top, bottom), (left, right) = ((start - first, stop - first)
+                                        for (start, stop), (first, _) in zip(held, block, strict=True))
+        size = (bottom - top) * (right - left)
+        yield (whole[at:at + height * width].view(height, width)[top:bottom, left:right],
+               mine[here:here + size].view(bottom - top, right - left))
+        at, here = at + height * width, here + size
