@@ -21,6 +21,8 @@ _HOMES = {
     "HeadAdamW": "optimizer",
     "GuardError": "guarding",
     "guard": "guarding",
+    "slice_heads": "sliced",
+    "unslice_heads": "sliced",
 }
 
 __all__ = sorted(_HOMES)

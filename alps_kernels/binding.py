@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .layout import PART_OF, AttentionLayer, HeadLayout, LayerSummary, LayoutError, as_matrix
+from .mirrors import SUFFIX, Mirror, mirrors_in
 
 if TYPE_CHECKING:
     from .selection import HeadSelection
@@ -161,7 +162,14 @@ def trained_groups(heads: Iterable[int], group_of: Sequence[int], kv: str) -> fr
 
 
 def bind(selection: HeadSelection, model: nn.Module, rest: str, layout: HeadLayout | None) -> BoundSelection:
-    """See `HeadSelection.bind`."""
+    """See `HeadSelection.bind`; of a sliced model it gives the leaves."""
+    bound = bind_full(selection, model, rest, layout)
+    mirrors = dict(mirrors_in(model))
+    return _onto_leaves(bound, model, mirrors) if mirrors else bound
+
+
+def bind_full(selection: HeadSelection, model: nn.Module, rest: str, layout: HeadLayout | None) -> BoundSelection:
+    """As `bind`, of the full parameters even where leaves hold their trained slices."""
     if layout is None:
         from .locate import find_heads
 
@@ -170,8 +178,11 @@ def bind(selection: HeadSelection, model: nn.Module, rest: str, layout: HeadLayo
     named = dict(model.named_parameters())
     if missing := [name for name in owned if name not in named]:
         raise LayoutError(f"the layout names {missing[0]}, which this model does not have")
+    leaves = {name + SUFFIX for name, _ in mirrors_in(model)}
     params = []
     for name, param in named.items():
+        if name in leaves:
+            continue
         part = BoundParam(name, param, cuts.get(name, 0), merge(chosen[name]))
         if rest == "trainable" and param.is_floating_point():
             others = complement(part.ranges, part.extent) if name in owned else ()
@@ -203,6 +214,33 @@ def _collected(selection: HeadSelection, layout: HeadLayout) -> tuple[dict, dict
     for layer in layout.layers:
         _collect(layer, selection, owned, chosen, cuts)
     return owned, chosen, cuts
+
+
+def _onto_leaves(bound: BoundSelection, model: nn.Module, mirrors: dict[str, Mirror]) -> BoundSelection:
+    """The leaves in place of the full parameters they are slices of.
+
+    Raises:
+        ValueError: the model was sliced for something else than what is bound.
+    """
+    wanted = {part.name: part for part in bound.params}
+    for name, mirror in mirrors.items():
+        part = wanted.get(name)
+        if part is None or (part.dim, part.ranges) != (mirror.dim, mirror.ranges):
+            sort = ("rows", "columns")[mirror.dim]
+            raise ValueError(f"{name} was sliced into {sort} {list(mirror.ranges)}, but of it this selection with rest"
+                             f" {bound.rest!r} trains {'nothing' if part is None else list(part.ranges)}: slice the model"
+                             " for this selection first (alps_kernels.slice_heads)")
+    partial = [part.name for part in bound.params if not part.full and part.name not in mirrors]
+    if partial:
+        raise ValueError(f"{partial[0]} holds selected slices but was not sliced with the rest of this model: slice the"
+                         " model for this selection first (alps_kernels.slice_heads)")
+    params = []
+    for name, param in model.named_parameters():
+        if name in wanted and name not in mirrors:
+            params.append(wanted[name])
+        elif name.endswith(SUFFIX) and (mirror := mirrors.get(name.removesuffix(SUFFIX))) is not None:
+            params.append(BoundParam(name, param, mirror.dim, ((0, mirror.size),)))
+    return replace(bound, params=tuple(params))
 
 
 def _collect(layer: AttentionLayer, selection: HeadSelection, owned: dict, chosen: dict, cuts: dict) -> None:

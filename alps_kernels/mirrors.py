@@ -118,6 +118,8 @@ class Mirror:
 
     def refresh(self, weight: Tensor, leaf: Tensor) -> None:
         """Copy leaf to weight where they may differ; `weight` and `leaf` are what the module uses now."""
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.always = True
         if not self.owns(weight, leaf):
             self._copy(weight, leaf, silent=True)  # it may have been filled anew since the last call
         elif self.always or self.stale(weight, leaf):

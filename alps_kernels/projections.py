@@ -144,7 +144,7 @@ def projection(module: nn.Module, name: str, names: Mapping[int, str]) -> Projec
             "floating-point weights of 16 bits or more"
         )
     n_out, n_in = weight.shape[0], weight.shape[1]
-    transposed = type(inner).__name__ == "Conv1D"
+    transposed = any(kind.__name__ == "Conv1D" for kind in type(inner).__mro__)
     if transposed:
         n_out, n_in = n_in, n_out
     elif getattr(inner, "groups", 1) != 1:

@@ -17,6 +17,9 @@ ALLOWED = {
     **{name: LOCATING for name in LOCATING},
     "mirrors": set(),
     "binding": {"layout", "locate", "selection", "mirrors"},
+    "sliced_projection": {"ops", "mirrors"},
+    "sliceable": {"layout", "binding", "sliced_projection"},
+    "sliced": {"layout", "locate", "selection", "binding", "mirrors", "sliceable", "sliced_projection"},
     "selection": {"layout", "binding", "files"},
     "guarding": {"layout", "binding", "selection", "mirrors"},
     "optimizer": {"ops", "binding", "state", "saved_state", "mirrors", "sharding"},
@@ -40,6 +43,7 @@ ALLOWED = {
 # What a room may import from outside; a room that is not named here: anything installed.
 OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton"}, "optimizer": {"torch"}, "state": {"torch"},
            "saved_state": {"torch"}, "sharding": {"torch"}, "guarding": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
+           "sliced": {"torch"}, "sliceable": {"torch"}, "sliced_projection": {"torch"},
            "files": set(), "__init__": set()}
 STANDARD = __import__("sys").stdlib_module_names
 
