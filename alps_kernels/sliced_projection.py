@@ -90,8 +90,9 @@ class SlicedProject(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        if torch.is_autocast_enabled(dy.device.type):
-            with torch.autocast(dy.device.type, enabled=False):
+        device = dy.device.type  # the meta device, where steps are counted, knows no autocast
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 return SlicedProject._grads(ctx, dy)
         return SlicedProject._grads(ctx, dy)
 

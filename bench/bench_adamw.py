@@ -1,17 +1,22 @@
-"""The optimizer step: ours beside torch's AdamW with a gradient mask, and on a dense tensor of the same size.
+"""The optimizer step: ours beside torch's AdamW with a gradient mask, and others' on a dense tensor of the same size.
 
     python -m bench.bench_adamw [--shape NAME ...] [--ratio R ...] [--layers N] [--dtype float32|bfloat16]
 
 The attention weights (q, k, v, o) of a model's shape; selected heads scattered over the model or
 the first ones of every layer; a key/value group trains when one of its query heads does. The
 mask rival is what users write today: the gradient times a mask, then torch.optim.AdamW over all
-attention weights (which also decays what is frozen).
+attention weights (which also decays what is frozen). The dense rivals get one tensor of as many
+elements as are selected, which is the best that any optimizer could be given. Bytes are 3 times the
+weight's size (param read and written, grad read) plus twice the state that the optimizer holds.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,11 +24,15 @@ from torch import nn
 from alps_kernels.binding import BoundParam, BoundSelection, merge
 from alps_kernels.optimizer import HeadAdamW
 from alps_kernels.selection import HeadSelection
-from bench.common import copy_bandwidth, gate, measure, table, write_rows
+from bench.common import copy_bandwidth, gate, table, write_rows
+from bench.counting import state_bytes
+from bench.race import Entry, race, rows_of
+from bench.rivals import OPTIONS, RIVALS, rival
 from bench.shapes import RATIOS, SHAPES, Shape, heads_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPTIONS = {"lr": 2e-5, "weight_decay": 0.1}
+OURS = "HeadAdamW"
+PRECISIONS = ({"master": "split"}, {"master": "stochastic"}, {"master": None})
 
 
 def attention(shape: Shape, n_layers: int, dtype: torch.dtype) -> dict[str, nn.Parameter]:
@@ -77,73 +86,82 @@ def parity() -> None:
     gate("the sliced step", worst <= 2 and frozen, f"largest difference {worst:.1f} x 2^-24, frozen bytes {'kept' if frozen else 'MOVED'}")
 
 
-def run(shape: Shape, n_layers: int, ratio: float, adjacent: bool, dtype: torch.dtype, bandwidth: float) -> list[dict]:
-    params = attention(shape, n_layers, dtype)
-    few = Shape(shape.name, n_layers, shape.hidden, shape.heads, shape.groups, shape.head_dim)
-    bound = bound_to(shape, params, heads_of(few, ratio, adjacent=adjacent))
-    size = params["0.q"].element_size()
-    case = (f"{shape.name} q/k/v/o, {n_layers} of {shape.layers} layers, {ratio:.0%} of heads "
-            f"{'adjacent' if adjacent else 'scattered'}, {bound.numel / 1e6:.1f}M elements, {str(dtype)[6:]}")
-    rows = []
+def ours(params: dict[str, nn.Parameter], bound: BoundSelection, **precision) -> Entry:
+    optimizer = HeadAdamW(params.values(), heads=bound, **precision, **OPTIONS)
+    return Entry(optimizer.step, lambda: moved(optimizer, bound.numel, params["0.q"].element_size()))
 
-    def row(rival: str, step, optimizer, numel: int, per_element: int, note: str = "") -> None:
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        took = measure(step, repeats=7)
-        gbps = numel * per_element / took["median_ms"] / 1e6
-        state = sum(v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values())
-        peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else ""
-        rows.append({"case": case, "rival": rival, **took, "bytes": numel * per_element, "gbps": gbps,
-                     "copy_gbps": bandwidth, "share": gbps / bandwidth, "peak_mib": peak,
-                     "ratio": took["median_ms"] / rows[0]["median_ms"] if rows else 1.0,
-                     "launches": sum(len(p.tiles) for p in optimizer._plans.values()) if hasattr(optimizer, "_plans") else "",
-                     "note": f"{per_element} B an element, state {state / 2**20:.1f} MiB{note}; ratio: this / ours"})
 
-    # The first row is what every ratio refers to: the default precision.
-    for master in ("split",) if dtype == torch.float32 else ("split", "stochastic", None):
-        ours = HeadAdamW(params.values(), heads=bound, master=master, **OPTIONS)
-        name = "HeadAdamW" if dtype == torch.float32 else f"HeadAdamW master={master}"
-        row(name, ours.step, ours, bound.numel, 3 * size + 16 + (4 if master == "split" and size == 2 else 0))
-        del ours
-    masks = masks_of(params, bound)
+def masked(params: dict[str, nn.Parameter], bound: BoundSelection, kind: str) -> Entry:
+    """The gradient times a mask, then torch's AdamW over all attention weights."""
+    optimizer, masks = torch.optim.AdamW(params.values(), **OPTIONS, **{kind: True}), list(masks_of(params, bound).values())
+
+    def call() -> None:
+        torch._foreach_mul_([p.grad for p in params.values()], masks)
+        optimizer.step()
+
     total = sum(p.numel() for p in params.values())
-    for kind in ("foreach", "fused"):
-        theirs = torch.optim.AdamW(params.values(), **OPTIONS, **{kind: True})
+    size = params["0.q"].element_size()
+    return Entry(call, lambda: moved(optimizer, total, size, 3 * size, "over all attention weights"))
 
-        def masked(theirs=theirs):
-            torch._foreach_mul_([p.grad for p in params.values()], list(masks.values()))
-            theirs.step()
 
-        row(f"torch AdamW {kind} + mask", masked, theirs, total, (3 + 4 + 3) * size, ", over all attention weights")
-        del theirs
-    del masks
+def dense(name: str, bound: BoundSelection, dtype: torch.dtype) -> Entry:
+    """A rival on one tensor of as many elements as are selected."""
     flat = nn.Parameter(torch.zeros(bound.numel, dtype=dtype, device=DEVICE))
     flat.grad = torch.ones_like(flat)
-    dense = torch.optim.AdamW([flat], fused=True, **OPTIONS)
-    row("torch AdamW fused, dense tensor of as many elements", dense.step, dense, bound.numel, (3 + 4) * size,
-        ", moments in the parameter's dtype")
-    return rows
+    optimizer = rival(name, [flat])
+    return Entry(optimizer.step, lambda: moved(optimizer, flat.numel(), flat.element_size()))
+
+
+def moved(optimizer: torch.optim.Optimizer, numel: int, size: int, mask: int = 0, note: str = "") -> dict:
+    """Bytes a step must move: param read and written, grad read, state read and written; a mask's own on top."""
+    state = state_bytes(optimizer)
+    per_element = 3 * size + 2 * state / numel + mask
+    return {"bytes": round(numel * per_element),
+            "note": ", ".join(filter(None, (f"{per_element:.1f} B an element", note)))}
+
+
+def contest(params: dict[str, nn.Parameter], bound: BoundSelection, dtype: torch.dtype) -> dict[str, Callable[[], Entry]]:
+    """Ours first, the default precision above all: every ratio refers to it."""
+    half = dtype != torch.float32
+    entries = {OURS if precision["master"] == "split" and len(precision) == 1 else f"{OURS} {describe(precision)}":
+               partial(ours, params, bound, **precision) for precision in PRECISIONS if half or precision["master"] == "split"}
+    entries |= {f"torch AdamW {kind} + mask": partial(masked, params, bound, kind) for kind in ("foreach", "fused")}
+    return entries | {f"{name}, dense": partial(dense, name, bound, dtype) for name in RIVALS}
+
+
+def describe(precision: dict) -> str:
+    return ", ".join(f"{key}={str(value).removeprefix('torch.')}" for key, value in precision.items())
+
+
+def run(shape: Shape, n_layers: int, ratio: float, adjacent: bool, dtype: torch.dtype, bandwidth: float, repeats: int) -> list[dict]:
+    params = attention(shape, n_layers, dtype)
+    few = replace(shape, layers=n_layers)
+    bound = bound_to(shape, params, heads_of(few, ratio, adjacent=adjacent))
+    case = (f"{shape.name} q/k/v/o, {n_layers} of {shape.layers} layers, {ratio:.0%} of heads "
+            f"{'adjacent' if adjacent else 'scattered'}, {bound.numel / 1e6:.1f}M elements, {str(dtype)[6:]}")
+    return rows_of(case, race(contest(params, bound, dtype), repeats), bandwidth)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = DEVICE == "cuda"
-    parser.add_argument("--shape", nargs="*", choices=SHAPES, default=["Llama-3.1-8B"] if cuda else ["SmolLM2-135M"])
-    parser.add_argument("--ratio", nargs="*", type=float, default=RATIOS)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["Llama-3.1-8B"] if cuda else ["SmolLM2-135M"])
+    parser.add_argument("--ratio", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--layers", type=int, help="default: all on a GPU and of SmolLM2, else 4")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
+    parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args(argv)
     parity()
-    bandwidth, rows = copy_bandwidth(), []
+    bandwidth = copy_bandwidth()
     for shape in map(SHAPES.get, args.shape):
         n_layers = args.layers or (shape.layers if cuda or shape.hidden < 1000 else 4)
         for ratio in args.ratio:
             for adjacent in (False, True) if ratio < 1 else (True,):
-                timed = run(shape, min(n_layers, shape.layers), ratio, adjacent, getattr(torch, args.dtype), bandwidth)
+                timed = run(shape, min(n_layers, shape.layers), ratio, adjacent, getattr(torch, args.dtype), bandwidth, args.repeats)
                 print(timed[0]["case"])
-                table(timed, ("rival", "median_ms", "gbps", "share", "ratio"))
-                rows += timed
-    print(write_rows("adamw", rows))
+                table(timed, ("rival", "median_ms", "gbps", "share", "ratio", "peak_mib", "launches", "note"))
+                path = write_rows("adamw", timed)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("date", "commit", "device", "torch", "triton", "transformers", "python", "command", "bench", "case",
-           "rival", "median_ms", "p20_ms", "p80_ms", "bytes", "gbps", "copy_gbps", "share", "peak_mib", "launches",
-           "ratio", "note")
+ENVIRONMENT = ("date", "commit", "device", "torch", "triton", "transformers", "python", "command")
+COLUMNS = (*ENVIRONMENT, "bench", "case", "rival", "median_ms", "p20_ms", "p80_ms", "bytes", "gbps", "copy_gbps", "share", "peak_mib",
+           "launches", "ratio", "note")
 
 
 def device_name() -> str:
@@ -71,6 +71,11 @@ def measure(fn: Callable[[], object], *, repeats: int = 10, warmup: int = 2) -> 
         start = time.perf_counter()
         fn()
         times.append((time.perf_counter() - start) * 1e3)
+    return percentiles(times)
+
+
+def percentiles(times: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of times in ms."""
     if len(times) == 1:
         return dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), times[0])
     fifths = statistics.quantiles(times, n=5, method="inclusive")
@@ -87,14 +92,14 @@ def copy_bandwidth(numel: int | None = None) -> float:
     return 2 * source.numel() * source.element_size() / took / 1e6
 
 
-def write_rows(name: str, rows: Sequence[dict]) -> Path:
+def write_rows(name: str, rows: Sequence[dict], columns: Sequence[str] = COLUMNS) -> Path:
     """Append rows to bench/results/<name>.csv (or $OUT); every row has every column, in one order."""
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path, known = folder / f"{name}.csv", environment()
     fresh = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         if fresh:
             writer.writeheader()
         for row in rows:
@@ -103,14 +108,12 @@ def write_rows(name: str, rows: Sequence[dict]) -> Path:
 
 
 def table(rows: Sequence[dict], columns: Sequence[str] = ("case", "rival", "median_ms", "gbps", "share", "ratio", "note")) -> None:
-    """Print rows as a table people can read."""
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(*[c for c in columns if any(row.get(c) not in (None, "") for row in rows)])
-    for row in rows:
-        shown.add_row(*[str(_short(row.get(c.header, ""))) for c in shown.columns])
-    Console().print(shown)
+    """Print rows as a table people can read; columns that no row fills are left out."""
+    shown = [c for c in columns if any(row.get(c) not in (None, "") for row in rows)]
+    lines = [shown, *([str(_short(row.get(c, ""))) for c in shown] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines))
 
 
 def _git(*arguments: str) -> str:

@@ -1,6 +1,7 @@
 """`python -m bench.report`: docs/results.md from the rows under bench/results, and predictions beside them.
 
-Nothing is in the page that is not a row of a CSV file or follows from a formula it states.
+Nothing is in the page that is not a row of a CSV file or follows from a formula it states. Of rows that
+were taken more than once on a device the page shows the last; the files keep all.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import os
 from pathlib import Path
 
 from bench.common import RESULTS
-from bench.shapes import SHAPES, Shape, heads_of
+from bench.predictions import predicted
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
-# NVIDIA's datasheet figure of an H100 SXM, and a device-to-device copy measured on one.
-DATASHEET, COPY = 3.35e12, 3.0e12
-STEPS = {  # bytes an element, and what bench_adamw calls it
-    "bf16, fp32 moments": (22, "HeadAdamW master=None", "bfloat16"),
-    "bf16, fp32 moments, split master": (26, "HeadAdamW master=split", "bfloat16"),
-    "fp32, fp32 moments": (28, "HeadAdamW", "float32"),
+CONDITIONS = ("device", "torch", "triton", "python", "date", "commit", "command")
+MIB = 2**20
+# What the cells of a benchmark's table say.
+CAPTIONS = {
+    "adamw": "ms a step (time over HeadAdamW's; GB/s as a share of the copy bandwidth of the same run)",
+    "grad_norm": "ms (time over head_grad_norm's; share of the copy bandwidth of the same run)",
+    "dw": "ms (time over head_grad's)",
+    "score": "ms (time of the released algorithm over this; share of the copy bandwidth, one read of the weights counted)",
+    "stream": "ms",
+    "step": "ms a step (time over LoRA's); peak: MiB that a step allocates on top of weights and state",
 }
 
 
@@ -27,65 +32,96 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def latest(rows: list[dict[str, str]], *key: str) -> list[dict[str, str]]:
+    """The last row of each device, case and rival, in the order of the file."""
+    last = {tuple(row[k] for k in ("device", "case", *key)): row for row in rows}
+    return list(last.values())
+
+
 def measured(paths: list[Path]) -> list[str]:
+    """A table for every benchmark, model and dtype: rivals down, cases across."""
     lines = ["## Measured", ""]
     for path in paths:
-        lines += [f"### {path.stem}", ""]
-        conditions: dict[tuple, list[dict]] = {}
-        for row in rows_of(path):
-            key = tuple(row[k] for k in ("device", "torch", "triton", "python", "date", "commit", "command"))
-            conditions.setdefault(key, []).append(row)
-        for (device, torch, triton, python, date, commit, command), group in conditions.items():
-            shown = [c for c in ("case", "rival", "median_ms", "p20_ms", "p80_ms", "gbps", "share", "peak_mib", "ratio", "note")
-                     if any(row[c] for row in group)]
-            lines += [f"{device}; torch {torch}, Triton {triton}, Python {python}; {date}, commit {commit}; `{command}`", "",
-                      "| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
-            lines += ["| " + " | ".join(row[c] for c in shown) + " |" for row in group] + [""]
+        lines += [f"### {path.stem}", "", f"Cells: {CAPTIONS[path.stem]}.", ""]
+        groups: dict[tuple, list[dict]] = {}
+        for row in latest(rows_of(path), "rival"):
+            groups.setdefault((*(row[k] for k in CONDITIONS), row["case"].split(",")[0]), []).append(row)
+        said = None
+        for (device, torch, triton, python, date, commit, command, _), group in groups.items():
+            conditions = f"{device}; torch {torch}, Triton {triton}, Python {python}; {date}, commit {commit}; `{command}`"
+            if conditions != said:
+                lines += [conditions, ""]
+            said = conditions
+            lines += [*pivot(group), ""]
     return lines if paths else [*lines, "No rows yet.", ""]
 
 
-def selected_elements(shape: Shape, ratio: float) -> int:
-    """q rows and o columns of the selected heads, and k and v rows of every group that one of them reads."""
-    heads = heads_of(shape, ratio, adjacent=False)
-    groups = {(layer, head // (shape.heads // shape.groups)) for layer, head in heads}
-    return 2 * (len(heads) + len(groups)) * shape.head_dim * shape.hidden
+def pivot(group: list[dict[str, str]]) -> list[str]:
+    """One table of rows that share a model: what all cases say stands above it, what differs heads a column."""
+    cases = list(dict.fromkeys(row["case"] for row in group))
+    parts = {case: case.split(", ") for case in cases}
+    shared = [part for part in parts[cases[0]] if all(part in p for p in parts.values())]
+    heads = {case: ", ".join(part for part in parts[case] if part not in shared) or "ms" for case in cases}
+    cells = {(row["rival"], row["case"]): cell(row) for row in group}
+    rivals = list(dict.fromkeys(row["rival"] for row in group))
+    notes = {rival: dict.fromkeys(row["note"] for row in group if row["rival"] == rival) for rival in rivals}
+    one = {rival: next(iter(found)) if len(found) == 1 else "" for rival, found in notes.items()}
+    noted = any(one.values())
+    lines = [f"**{', '.join(shared)}**" if len(cases) > 1 else f"**{cases[0]}**", "",
+             "| | " + " | ".join([heads[case] if len(cases) > 1 else "ms" for case in cases] + ["note"] * noted) + " |",
+             "|---|" + "---|" * (len(cases) + noted)]
+    for rival in rivals:
+        lines.append(f"| {rival} | " + " | ".join([cells.get((rival, case), "") for case in cases] + [one[rival]] * noted) + " |")
+    return lines
 
 
-def on_gpu(rows: list[dict[str, str]], rival: str, *parts: str) -> str:
-    """The last median of a rival taken on a GPU in a case that says all of `parts`; empty where there is none."""
-    found = [row["median_ms"] for row in rows if row["rival"] == rival and not row["device"].startswith("CPU")
-             and all(part in row["case"] for part in parts)]
-    return found[-1] if found else ""
+def cell(row: dict[str, str]) -> str:
+    if not row["median_ms"]:
+        return "–"
+    extra = []
+    if row["ratio"]:
+        extra.append(f"{float(row['ratio']):.3g} ×")
+    if row["share"] and row["bench"] != "dw":
+        extra.append(f"{float(row['share']):.0%}")
+    if row["peak_mib"] and row["bench"] in ("step", "stream"):
+        extra.append(f"peak {float(row['peak_mib']):,.0f} MiB")
+    return f"{float(row['median_ms']):.4g}" + (f" ({'; '.join(extra)})" if extra else "")
 
 
-def predicted(rows: list[dict[str, str]]) -> list[str]:
-    lines = [
-        "## Predicted for one H100 SXM", "",
-        "Time = bytes / bandwidth: 3.35 TB/s is the datasheet's, 3.0 TB/s a device-to-device copy measured on such a card.",
-        "The last column is empty where `make gpu` has not yet left a row; which card a row is of stands above.", "",
-        "Optimizer step on q/k/v/o of 10 % scattered heads (groups trained by any of their heads):", "",
-        "| model | dtypes | elements | bytes an element | MB a step | ms at 3.35 TB/s | ms at 3.0 TB/s | ms measured |",
-        "|---|---|---|---|---|---|---|---|"]
-    for shape in SHAPES.values():
-        n, whole = selected_elements(shape, 0.10), f"{shape.layers} of {shape.layers} layers"
-        for kind, (size, rival, dtype) in STEPS.items():
-            lines.append(f"| {shape.name} | {kind} | {n:,} | {size} | {n * size / 1e6:,.0f} "
-                         f"| {n * size / DATASHEET * 1e3:.3f} | {n * size / COPY * 1e3:.3f} "
-                         f"| {on_gpu(rows, rival, shape.name, whole, ' 10% of heads scattered', dtype)} |")
-    lines += ["", "Scoring q/k/v of a bf16 pair: one read of both models is the floor, both passes read them twice.", "",
-              "| model | GB of one read | ms one read at 3.0 TB/s | ms two reads | ms measured |", "|---|---|---|---|---|"]
-    for shape in SHAPES.values():
-        size = 2 * 2 * shape.layers * shape.hidden * shape.head_dim * (shape.heads + 2 * shape.groups)
-        lines.append(f"| {shape.name} | {size / 1e9:.2f} | {size / COPY * 1e3:.3f} | {2 * size / COPY * 1e3:.3f} "
-                     f"| {on_gpu(rows, 'alps_kernels pad qkv', shape.name, f'{shape.layers} of {shape.layers} layers')} |")
-    return [*lines, ""]
+def counts(rows: list[dict[str, str]]) -> list[str]:
+    """Issue 4's table: what one training step keeps and does, by method."""
+    if not rows:
+        return []
+    lines = ["## One training step, counted", "",
+             "Saved: bytes that autograd keeps for the backward pass, distinct storages, parameters not counted. dW: products that "
+             "form weight gradients, a multiplication and an addition counted as two. Forward: operations that move data, and "
+             "bytes they write. The heads are 10 % of all, random, q/k/v, where no other share is named; LoRA is PEFT's on q/k/v "
+             "with adapters in the model's dtype; SHiRA trains as many elements as the selection. Full fine-tuning, masks, LoRA and SHiRA step with torch.optim.AdamW, "
+             "whose moments have the weights' dtype; HeadAdamW keeps float32 moments, and 2 bytes more of a bfloat16 weight.", ""]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        group = [row for row in latest(rows, "method", "ratio") if row["case"] == case]
+        lines += [f"**{case}**; torch {group[-1]['torch']}, {group[-1]['date']}, commit {group[-1]['commit']}; `{group[-1]['command']}`", "",
+                  "| | trains | saved MiB | gradients MiB | state MiB | dW GFLOP | backward GFLOP | forward |", "|---|---|---|---|---|---|---|---|"]
+        for row in group:
+            name = row["method"] if float(row["ratio"]) == 0.1 else f"{row['method']}, {float(row['ratio']):.0%}"
+            if not row["saved_bytes"]:
+                lines.append(f"| {name} | {row['note']} | | | | | | |")
+                continue
+            lines.append(f"| {name} | {float(row['trained']) / 1e6:,.2f} M | " + " | ".join(
+                f"{float(row[k]) / MIB:,.1f}" for k in ("saved_bytes", "grad_bytes", "state_bytes"))
+                + f" | {float(row['dw_gflop']):,.1f} | {float(row['backward_gflop']):,.0f} "
+                f"| {row['forward_ops']} ops, {float(row['forward_bytes']) / MIB:,.0f} MiB |")
+        lines.append("")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
-    paths = sorted(Path(os.environ.get("OUT") or RESULTS).glob("*.csv"))
+    folder = Path(os.environ.get("OUT") or RESULTS)
+    paths = sorted(path for path in folder.glob("*.csv") if path.stem in CAPTIONS)
     rows = [row for path in paths for row in rows_of(path)]
+    counted = rows_of(folder / "counts.csv") if (folder / "counts.csv").exists() else []
     text = "\n".join(["# Results", "", "Generated by `python -m bench.report`; every measured row is in `bench/results/`.", "",
-                      *measured(paths), *predicted(rows)])
+                      *counts(counted), *measured(paths), *predicted(rows, counted)])
     page = Path(os.environ["OUT"]) / "results.md" if os.environ.get("OUT") else PAGE
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text)

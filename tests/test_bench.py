@@ -5,8 +5,10 @@ import sys
 import time
 
 import pytest
+import torch
 
-from bench import common, gpu, report
+from bench import __main__ as bench_main
+from bench import common, gpu, predictions, race, report, rivals
 from bench.shapes import RATIOS, SHAPES, heads_of
 
 
@@ -60,18 +62,62 @@ def test_measure_orders_its_percentiles():
 def test_the_report_shows_rows_and_leaves_the_rest_empty(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
     case = "Llama-3.1-8B q/k/v/o, 32 of 32 layers, 10% of heads scattered, 190M elements, bfloat16"
-    rows = [{"case": case, "rival": "HeadAdamW master=split", "median_ms": 1.2345}]
+    rows = [{"case": case, "rival": "HeadAdamW", "median_ms": 1.2345}]
     common.write_rows("adamw", rows)
     report.main()
     page = (tmp_path / "results.md").read_text()
     line = next(x for x in page.splitlines() if x.startswith("| Llama-3.1-8B | bf16, fp32 moments, split master"))
-    assert "1.2345" in page and line.endswith("|  |")  # a CPU's row is shown, and fills no GPU column
+    assert "| HeadAdamW | 1.234 |" in page and line.endswith("|  |")  # a CPU's row is shown, and fills no GPU column
     monkeypatch.setattr(common, "device_name", lambda: "NVIDIA H100")
     common.write_rows("adamw", rows)
     report.main()
     filled = (tmp_path / "results.md").read_text()
     assert [x.split(" | ")[1] for x in filled.splitlines() if x.startswith("| Llama-3.1-8B |") and x.endswith("| 1.2345 |")] == [
         "bf16, fp32 moments, split master"]
+
+
+def test_rivals_run_in_turns_and_one_that_cannot_says_why():
+    order = []
+
+    def builder(name):
+        return lambda: race.Entry(lambda: order.append(name), lambda: {"bytes": 8})
+
+    def absent():
+        raise race.Unavailable("some package is not installed")
+
+    raced = race.race({"a": builder("a"), "gone": absent, "b": builder("b")}, repeats=3)
+    assert list(raced) == ["a", "gone", "b"] and raced["gone"] == {"note": "not run: some package is not installed"}
+    assert "".join(order).startswith("aabb" + "ab" * 3)
+    rows = race.rows_of("case", raced, 10.0)
+    assert rows[0]["ratio"] == 1 and "median_ms" not in rows[1] and rows[2]["ratio"] == raced["b"]["median_ms"] / raced["a"]["median_ms"]
+
+
+def test_a_rival_that_is_not_installed_or_fails_is_told_from_one_that_runs(monkeypatch):
+    params = [torch.nn.Parameter(torch.zeros(512))]
+    assert isinstance(rivals.rival("torch AdamW fused", params), torch.optim.AdamW)
+
+    def missing(params):
+        import no_such_package  # noqa: F401
+
+    def failing(params):
+        raise NotImplementedError("a CUDA device is needed\nand more")
+
+    monkeypatch.setattr(rivals, "RIVALS", {"x": ("no-such-package", missing), "y": ("there", failing)})
+    with pytest.raises(race.Unavailable, match="no-such-package is not installed"):
+        rivals.rival("x", params)
+    with pytest.raises(race.Unavailable, match="there on cpu, float32: a CUDA device is needed$"):
+        rivals.rival("y", params)
+
+
+def test_what_a_call_allocates_is_counted():
+    x = torch.ones(1000, 1000)
+    assert 8_000_000 <= race.allocated(lambda: ((x + 1) * 2).sum()) < 8_100_000
+    assert race.allocated(lambda: x.add_(1)) < 1000
+
+
+def test_the_bench_command_names_what_there_is_and_quick_covers_it(capsys):
+    assert bench_main.main(["no-such-bench"]) == 2 and "adamw" in capsys.readouterr().err
+    assert set(bench_main.QUICK) == set(bench_main.NAMES)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -81,4 +127,4 @@ def test_selections_have_their_size_and_lie_in_the_model(shape):
             heads = heads_of(shape, ratio, adjacent=adjacent)
             assert len(set(heads)) == len(heads) == max(1, round(ratio * shape.layers * shape.heads))
             assert all(0 <= layer < shape.layers and 0 <= head < shape.heads for layer, head in heads)
-    assert report.selected_elements(shape, 1.0) == shape.attention_params
+    assert predictions.selected_elements(shape, 1.0) == shape.attention_params

@@ -1,0 +1,76 @@
+"""A whole training step, timed: sliced heads beside full fine-tuning, gradient masks, LoRA and SHiRA, in one run.
+
+    python -m bench.bench_step [--case smollm2|llama8b] [--layers N] [--ratio R]
+
+Forward, backward, optimizer step, gradients set to None. Peak memory is what a step allocates on top of
+weights and optimizer state. The same random heads for every method that selects heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import torch
+
+from bench.cases import CASES, Case, prepared
+from bench.common import gate, table, write_rows
+from bench.counting import state_bytes
+from bench.methods import LORA, METHODS, SLICED
+from bench.race import Entry, Unavailable, race
+
+
+def entry(case: Case, method: str, ratio: float) -> Entry:
+    try:
+        ready = prepared(case, method, ratio)
+    except ImportError as error:
+        raise Unavailable(str(error)) from error
+
+    def call() -> None:
+        case.loss(ready.model).backward()
+        ready.optimizer.step()
+        ready.optimizer.zero_grad()
+
+    return Entry(call, lambda: {"note": f"{ready.trained / 1e6:.1f}M elements train, "
+                                        f"state {state_bytes(ready.optimizer) / 2**20:.1f} MiB"})
+
+
+def parity(case: Case, ratio: float) -> None:
+    """Sliced and unsliced heads have the same loss after two steps."""
+    losses = []
+    for method in ("HeadAdamW", SLICED):
+        step = prepared(case, method, ratio)
+        for _ in range(2):
+            case.loss(step.model).backward()
+            step.optimizer.step()
+            step.optimizer.zero_grad()
+        with torch.no_grad():
+            losses.append(case.loss(step.model).item())
+    bound = 1e-5 if case.dtype == torch.float32 else 1e-2
+    gate(f"sliced training, {case.name}", abs(losses[1] / losses[0] - 1) < bound, f"loss {losses[1]:.8g}, unsliced {losses[0]:.8g}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, default="llama8b" if cuda else "smollm2")
+    parser.add_argument("--layers", type=int, default=16 if cuda else 6)
+    parser.add_argument("--ratio", type=float, default=0.10)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args(argv)
+    case = CASES[args.case](args.layers, "cuda" if cuda else "cpu")
+    parity(case, args.ratio)
+    methods = [name for name in METHODS if name != "frozen model"]
+    raced = race({name: partial(entry, case, name, args.ratio) for name in methods}, args.repeats)
+    rows = [{"case": f"{case.name}, {args.ratio:.0%} of heads", "rival": name, **facts} for name, facts in raced.items()]
+    reference = raced[LORA].get("median_ms")
+    for row in rows:
+        if reference and "median_ms" in row:
+            row["ratio"] = row["median_ms"] / reference
+    print(case.name)
+    table(rows, ("rival", "median_ms", "p20_ms", "p80_ms", "ratio", "peak_mib", "launches", "note"))
+    print(write_rows("step", rows))
+
+
+if __name__ == "__main__":
+    main()
