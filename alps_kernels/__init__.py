@@ -23,6 +23,8 @@ _HOMES = {
     "guard": "guarding",
     "slice_heads": "sliced",
     "unslice_heads": "sliced",
+    "AlpsCallback": "integrations.callback",
+    "use_heads": "integrations.trainer",
 }
 
 __all__ = sorted(_HOMES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -55,6 +55,12 @@ class ModelWeights:
         if wrapped := [key for key in self._params if ".base_layer." in key]:
             raise LayoutError(f"{self.name}: {wrapped[0]} has an adapter beside it, which its weight does not show; "
                               "merge the adapters first (merge_and_unload)")
+
+    def replace(self, params: Mapping[str, Tensor]) -> None:
+        """Take these values instead of the model's own, which is not touched."""
+        if strange := [key for key, value in params.items() if self.layout.shapes.get(key) != tuple(value.shape)]:
+            raise ValueError(f"{self.name}: {strange[0]} is no attention weight, or not of shape {list(params[strange[0]].shape)}")
+        self._params.update(params)
 
     def prepare(self, params: Iterable[str]) -> None:
         for key in params:

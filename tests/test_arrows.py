@@ -33,8 +33,8 @@ ALLOWED = {
     "weights": {"layout", "locate"},
     # score_heads takes paths: it opens them with integrations.checkpoints, imported on demand.
     "scoring": {"ops", "layout", "scores", "weights", "representation", "integrations"},
-    "integrations": {"layout", "locate", "weights", "binding", "files", "optimizer", "ops", "representation", "scores",
-                     "scoring", "selection"},
+    "integrations": {"layout", "locate", "weights", "binding", "files", "mirrors", "optimizer", "ops", "representation", "scores",
+                     "scoring", "selection", "state"},
     "demo": {"binding", "files", "pictures", "optimizer", "scoring"},
     "cli": {"demo", "scores", "scoring", "selection"},
     "__main__": {"cli"},
