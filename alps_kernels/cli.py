@@ -12,10 +12,13 @@ from typing import Annotated, Optional
 
 import typer
 
+from .patch_cli import patch_app
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="ALPS: score attention heads, keep the top ones, train those alone.")
 heads_app = typer.Typer(no_args_is_help=True, help="Look at files of selected heads.")
 app.add_typer(heads_app, name="heads")
+app.add_typer(patch_app, name="patch")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 

@@ -30,6 +30,11 @@ def remember(model: nn.Module, selection: HeadSelection, rest: str) -> None:
     _TRAINED[model] = (selection, rest)
 
 
+def remembered(model: nn.Module) -> tuple[HeadSelection, str] | None:
+    """The selection and `rest` that `remember` was last given of this very model."""
+    return _TRAINED.get(model)
+
+
 def forget(model: nn.Module) -> None:
     """Undo `remember`."""
     _TRAINED.pop(model, None)

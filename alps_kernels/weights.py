@@ -51,8 +51,8 @@ class ModelWeights:
         self.model_type = getattr(config, "model_type", None)
         self.name = name or os.path.basename(str(getattr(config, "name_or_path", "") or "")) or type(model).__name__
         self.layout = find_heads(model)
-        self._params = {key: param.detach() for key, param in model.named_parameters() if key in self.layout.shapes}
-        if wrapped := [key for key in self._params if ".base_layer." in key]:
+        self._params = {key: param.detach() for key, param in model.named_parameters()}
+        if wrapped := [key for key in self.layout.shapes if ".base_layer." in key]:
             raise LayoutError(f"{self.name}: {wrapped[0]} has an adapter beside it, which its weight does not show; "
                               "merge the adapters first (merge_and_unload)")
 

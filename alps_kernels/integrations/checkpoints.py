@@ -57,6 +57,7 @@ class Checkpoint:
         self.name = path.resolve().name
         self.model_type = model.config.model_type
         self.layout = find_heads(model)
+        self.shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
         self._keys: dict[str, str] = {}
         self._whole: ModelWeights | None = None
 
@@ -76,7 +77,10 @@ class Checkpoint:
         _add_tied(self.model, known)
         if converted and not set(params) <= set(known):
             warnings.warn(f"{self.name}: transformers converts its attention weights while loading, so the whole "
-                          "model is loaded instead of one layer at a time", stacklevel=4)
+                          "model is loaded instead of one layer at a time" if not set(self.layout.shapes) <= set(known)
+                          else f"{self.name}: transformers converts some weights while loading, so the whole model is "
+                          "loaded instead of one tensor at a time", stacklevel=4)
+            self._keys = {name: known[name][0] for name in params if len(known.get(name, ())) == 1}
             self._whole = ModelWeights(self._load_whole(params), self.name)
             return self._whole.prepare(params)
         self._keys = self._resolve(params, known)
@@ -84,17 +88,34 @@ class Checkpoint:
         for name, key in self._keys.items():
             found, file = stored[key], self.files.files[key]
             if found.dtype not in _FLOATS:
-                raise ValueError(f"{key} in {file} is stored as {found.dtype}: it is quantised or packed; scores need "
+                raise ValueError(f"{key} in {file} is stored as {found.dtype}: it is quantised or packed; expected "
                                  "floating-point weights of 16 bits or more (dequantise the checkpoint first)")
-            if found.shape != self.layout.shapes[name]:
+            if found.shape != self.shapes[name]:
                 raise ValueError(f"{key} in {file} has shape {list(found.shape)}; the config makes it "
-                                 f"{list(self.layout.shapes[name])}")
+                                 f"{list(self.shapes[name])}")
 
     def read(self, params: Iterable[str]) -> dict[str, Tensor]:
         if self._whole is not None:
             return self._whole.read(params)
         names = {self._keys[name]: name for name in params}
         return {names[key]: tensor for key, tensor in self.files.read(names).items()}
+
+    def dtypes(self, params: Iterable[str]) -> dict[str, str]:
+        """The dtype of every prepared parameter, in torch's word."""
+        if self._whole is not None:
+            return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in self.read(params).items()}
+        found = self.files.describe(self._keys[name] for name in params)
+        return {name: found[self._keys[name]].dtype for name in params}
+
+    def stored(self, name: str) -> tuple[str, Path]:
+        """The tensor that holds a prepared parameter, and its file.
+
+        Raises:
+            ValueError: transformers converts it while loading, so that no one tensor does.
+        """
+        if name not in self._keys:
+            raise ValueError(f"{self.path} holds no tensor that is {name}: transformers converts it while loading")
+        return self._keys[name], self.files.files[self._keys[name]]
 
     def _resolve(self, params: list[str], known: Mapping[str, list[str]]) -> dict[str, str]:
         """The stored tensor of every parameter: by name, else under one other prefix."""
