@@ -41,11 +41,19 @@ def score(
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default cpu.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score every attention head by how far TASK moved its weights from BASE."""
+    """Score every attention head by how far TASK moved its weights from BASE.
+
+    Under torchrun every rank reads and scores some of the layers, and rank 0 writes and prints.
+    """
+    from .integrations.distributed import ranks_of_torchrun
     from .scoring import score_heads
 
-    scores = score_heads(base, task, metric=metric, representation=representation, temperature=temperature,
-                         attention=attention, device=device, config=config, progress=sys.stderr.isatty())
+    with ranks_of_torchrun() as rank:
+        scores = score_heads(base, task, metric=metric, representation=representation, temperature=temperature,
+                             attention=attention, device=device, config=config, progress=sys.stderr.isatty(),
+                             distributed=rank is not None)
+    if rank:
+        return
     selection = scores.top(top, scope=scope, kv=kv)
     if output:
         scores.save(output)

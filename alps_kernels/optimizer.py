@@ -248,7 +248,8 @@ class HeadAdamW(torch.optim.Optimizer):
 
         def square(members: list[int]) -> Tensor:
             plans = self._plans if len(members) == len(updates) else None
-            return head_grad_norm([updates[i] for i in members], seed=self.seed, plans=plans, backend=self._backend).square()
+            norm = head_grad_norm([updates[i] for i in members], seed=self.seed, plans=plans, backend=self._backend)
+            return norm.square()
 
         return sum_of_squares([update.owner for update in updates], square).sqrt()
 

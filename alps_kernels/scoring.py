@@ -7,6 +7,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
@@ -36,6 +37,7 @@ def score_heads(
     device: str | torch.device | None = None,
     progress: bool = False,
     config: Any = None,
+    distributed: Any = False,
 ) -> HeadScores | dict[str, HeadScores]:
     """Score every attention head by the distance between its weights in two models.
 
@@ -57,6 +59,8 @@ def score_heads(
         device: where to compute; default: where the base's weights are, the CPU for checkpoints.
         progress: show a bar over layers.
         config: used instead of both checkpoints' config.json: a path, dict or PretrainedConfig.
+        distributed: True, or a torch.distributed process group: of n ranks each reads and scores
+            every n-th layer, and all return the same scores, those of one process. A collective.
 
     Raises:
         LayoutError: heads cannot be located, or the models are not of one architecture.
@@ -66,6 +70,63 @@ def score_heads(
     """
     metrics = _checked(metric, representation, temperature)
     where = None if device is None else _device(device)
+
+    def work(rank: int, ranks: int) -> _Scored:
+        return _score(base, task, metrics, representation, temperature, attention, where, progress and rank == 0,
+                      config, slice(rank, None, ranks))
+
+    if distributed is False:
+        parts = [work(0, 1)]
+    else:
+        from .integrations.distributed import group_of, shared
+
+        parts = shared(group_of(distributed), work)
+    one = _joined(parts)
+    if one.identical:
+        names = [model["name"] for model in one.provenance["models"].values()]
+        warnings.warn(f"{' and '.join(names)} have identical attention weights: every score is zero", stacklevel=3)
+    scores = {}
+    for name in metrics:
+        values = torch.cat(one.found[name])
+        scores[name] = HeadScores(
+            torch.zeros_like(values) if one.identical else values, one.chosen, one.heads_per_layer, metric=name,
+            representation=representation, temperature=temperature, summary=one.summary, provenance=one.provenance)
+    return scores[metric] if isinstance(metric, str) else scores
+
+
+@dataclass
+class _Scored:
+    """Scores of some of the chosen layers, and what is to be said of all.
+
+    Attributes:
+        found: by metric, the scores of each of those layers' heads.
+        chosen, heads_per_layer, summary: of the whole model.
+        identical: the two models' weights of those layers are equal.
+    """
+
+    found: dict[str, list[Tensor]]
+    chosen: tuple[int, ...]
+    heads_per_layer: tuple[int, ...]
+    summary: list
+    identical: bool
+    provenance: dict[str, Any]
+
+
+def _joined(parts: list[_Scored]) -> _Scored:
+    """The parts of n ranks, the i-th of which has every n-th layer from layer i on."""
+    if len(parts) == 1:
+        return parts[0]
+    first, n = parts[0], len(parts)
+    found = {name: [parts[i % n].found[name][i // n] for i in range(len(first.chosen))] for name in first.found}
+    for which, model in first.provenance["models"].items():
+        model["dtypes"] = sorted({dtype for part in parts for dtype in part.provenance["models"][which]["dtypes"]})
+    return replace(first, found=found, identical=all(part.identical for part in parts))
+
+
+def _score(base: Source, task: Source, metrics: tuple[str, ...], representation: str, temperature: float,
+           attention: str | Sequence[int], where: torch.device | None, progress: bool, config: Any,
+           share: slice) -> _Scored:
+    """Read and score the share of the chosen layers; of the others the sizes alone are looked at."""
     first, second = _open(base, task, config)
     rename = pair_up(first, second)
     layers = first.layout.layers
@@ -75,6 +136,7 @@ def score_heads(
     first.prepare(params)
     second.prepare(rename(name) for name in params)
 
+    plan = plan[share]
     reader = _Reader(first, second, rename, where)
     compute = head_delta_projection if representation == "projection" else head_delta
     found: dict[str, list[Tensor]] = {name: [] for name in metrics}
@@ -84,19 +146,10 @@ def score_heads(
             for (layer, _), triple in zip(batch, segments, strict=True):
                 check_projection(layer, triple)
         for name, values in compute(segments, metrics, temperature=temperature).items():
-            found[name].append(values)
-    if reader.identical:
-        warnings.warn(f"{first.name} and {second.name} have identical attention weights: every score is zero", stacklevel=3)
-
-    provenance = reader.provenance()
-    summary = first.layout.summary()
-    scores = {}
-    for name in metrics:
-        values = torch.cat(found[name])
-        scores[name] = HeadScores(
-            torch.zeros_like(values) if reader.identical else values, chosen, first.layout.heads_per_layer, metric=name,
-            representation=representation, temperature=temperature, summary=summary, provenance=provenance)
-    return scores[metric] if isinstance(metric, str) else scores
+            found[name] += values.split([layer.n_heads for layer, _ in batch])
+    found = {name: [values.cpu() for values in layers] for name, layers in found.items()}
+    layout = first.layout
+    return _Scored(found, chosen, layout.heads_per_layer, layout.summary(), reader.identical, reader.provenance())
 
 
 def _checked(metric: str | Sequence[str], representation: str, temperature: float) -> tuple[str, ...]:
@@ -153,7 +206,7 @@ def _params(plan: Plan) -> list[str]:
 
 def _batches(plan: Plan, reader: _Reader) -> list[Plan]:
     """All layers at once where nothing needs to be moved and a kernel can take them, else one by one."""
-    return [plan] if reader.at_once else [[entry] for entry in plan]
+    return [plan] if plan and reader.at_once else [[entry] for entry in plan]
 
 
 def _bar(batches: list[Plan], progress: bool) -> Iterable[Plan]:

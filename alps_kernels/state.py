@@ -194,8 +194,9 @@ def check_grad(slot: Slot) -> None:
         raise ValueError(f"{slot.name}: its gradient is {list(grad.shape)} {grad.dtype} on {grad.device}, expected"
                          f" {list(param.shape)} floating point on {param.device}")
     if is_sharded(param) and (not is_sharded(grad) or grad.placements != param.placements):
-        raise ValueError(f"{slot.name}: its gradient is {f'placed {grad.placements}' if is_sharded(grad) else 'no DTensor'},"
-                         f" expected a DTensor placed as the parameter is, {param.placements}")
+        found = f"placed {grad.placements}" if is_sharded(grad) else "no DTensor"
+        raise ValueError(f"{slot.name}: its gradient is {found}, expected a DTensor placed as the"
+                         f" parameter is, {param.placements}")
 
 
 def check_state(slot: Slot, state: dict[str, Tensor], amsgrad: bool) -> None:

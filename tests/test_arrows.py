@@ -48,7 +48,7 @@ ALLOWED = {
     "export": {"files", "patch_checkpoint", "patch_file", "patch_make", "patch_source", "slices_file", "sparse"},
     "patch_cli": {"export", "patch_checkpoint", "patch_diff", "patch_file", "patch_make", "selection"},
     "demo": {"binding", "files", "pictures", "optimizer", "scoring"},
-    "cli": {"patch_cli", "demo", "scores", "scoring", "selection"},
+    "cli": {"integrations", "patch_cli", "demo", "scores", "scoring", "selection"},
     "__main__": {"cli"},
     "__init__": set(),
 }
