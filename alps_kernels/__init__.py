@@ -33,6 +33,7 @@ _HOMES = {
     "unslice_heads": "sliced",
     "AlpsCallback": "integrations.callback",
     "use_heads": "integrations.trainer",
+    "alps_finetune": "integrations.finetune",
 }
 
 __all__ = sorted(_HOMES)

@@ -34,7 +34,7 @@ ALLOWED = {
     # score_heads takes paths: it opens them with integrations.checkpoints, imported on demand.
     "scoring": {"ops", "layout", "scores", "weights", "representation", "integrations"},
     "integrations": {"layout", "locate", "weights", "binding", "files", "mirrors", "optimizer", "ops", "representation", "scores",
-                     "scoring", "selection", "state"},
+                     "scoring", "selection", "sliced", "state"},
     "slices_file": {"binding", "files", "layout"},
     "patch_file": {"selection", "slices_file"},
     "patch_source": {"layout", "locate", "mirrors", "slices_file"},

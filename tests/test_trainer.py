@@ -37,11 +37,26 @@ def run(folder, kind="llama", dtype=torch.float32, resume=None, options=None, sl
     return made
 
 
+@pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
-def test_only_the_heads_move(kind, tmp_path):
-    made = run(tmp_path, kind, save_strategy="no", max_steps=3)
+def test_only_the_heads_move(kind, sliced, tmp_path):
+    made = run(tmp_path, kind, sliced=sliced, max_steps=3, save_steps=3)
     before = model(kind)
+    saved = type(before).from_pretrained(tmp_path / "checkpoint-3")
+    if sliced:
+        alps.unslice_heads(made.model)
+    assert_same(saved, made.model)  # a checkpoint of a sliced model is an ordinary one
     assert_only_moved(made.model, before, some_heads(before).bind(made.model))
+
+
+def test_sliced_and_unsliced_runs_are_one_run(tmp_path):
+    """Clipped by the same norm: over what trains alone."""
+    runs = [run(tmp_path, "qwen2", sliced=sliced, save_strategy="no", max_grad_norm=0.05) for sliced in (False, True)]
+    logs = [[(row["loss"], row["grad_norm"]) for row in made.state.log_history if "loss" in row] for made in runs]
+    for plain, sliced in zip(*logs, strict=True):
+        assert sliced == pytest.approx(plain, rel=1e-5)
+    for plain, sliced in zip(*(made.model.state_dict().values() for made in runs), strict=True):
+        assert torch.allclose(plain, sliced, atol=2e-5)
 
 
 RESUMES = {
@@ -51,6 +66,9 @@ RESUMES = {
                                                "options": {"master": "stochastic", "moment_dtype": torch.bfloat16}},
     "autocast, accumulation": {"bf16": True, "gradient_accumulation_steps": 2},
     "checkpointed activations, clipping": {"checkpointing": True, "max_grad_norm": 0.01},
+    "sliced": {"sliced": True, "gradient_accumulation_steps": 2},
+    "sliced, bfloat16, checkpointed activations": {"sliced": True, "dtype": torch.bfloat16, "checkpointing": True},
+    "sliced columns and rows of one weight": {"kind": "gpt2", "sliced": True},
     "fused weights": {"kind": "phi3", "options": {"amsgrad": True}},
 }
 

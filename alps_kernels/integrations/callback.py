@@ -20,7 +20,7 @@ from ..optimizer import HeadAdamW
 from ..representation import REPRESENTATIONS
 from ..scores import HeadScores
 from ..scoring import score_heads
-from ..selection import HeadSelection, remember, top_count
+from ..selection import REST, HeadSelection, remember, top_count
 from ..weights import ModelWeights
 from .start import START_FILE, digest, read_start, restore, write_start
 from .wrapped import FollowingHeadAdamW, masters, refuse_sharded, report, trained_share, unwrapped
@@ -69,16 +69,11 @@ class AlpsCallback(TrainerCallback, ExportableState):
                  representation: str = "projection", temperature: float = 1.0, attention: str | Sequence[int] = "all",
                  kv: str = "any", parts: Sequence[str] = ("q", "k", "v"), rest: str = "frozen",
                  start_device: str | None = "cpu") -> None:
-        if top_count(ratio, 1) == 0:
-            raise ValueError("ratio is 0: no head would train after the warm-up")
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 1:
             raise ValueError(f"warmup_steps is {warmup_steps!r}; expected a whole number from 1")
-        for name, value, known in (("restore", restore, RESTORE), ("metric", metric, tuple(METRICS)),
-                                   ("representation", representation, REPRESENTATIONS),
-                                   ("rest", rest, ("frozen", "trainable"))):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; expected one of {known}")
-        HeadSelection([], [], kv=kv, parts=parts)
+        if restore not in RESTORE:
+            raise ValueError(f"restore is {restore!r}; expected one of {RESTORE}")
+        check_options(ratio, metric, representation, kv, parts, rest)
         seen = "qkv" if representation == "projection" else representation
         if rest == "frozen" and not set(seen) & set(parts):
             raise ValueError(f"the warm-up trains {'/'.join(parts)}, of which representation {representation!r} sees "
@@ -218,3 +213,14 @@ class AlpsCallback(TrainerCallback, ExportableState):
             remember(model, self.heads, rest)
             return self.heads.bind(model, rest=rest)
         return self.heads.freeze(model, rest=rest)
+
+
+def check_options(ratio: float, metric: str, representation: str, kv: str, parts: Sequence[str], rest: str) -> None:
+    """What can be said before a run of what comes long after its beginning. Raises ValueError."""
+    if top_count(ratio, 1) == 0:
+        raise ValueError("ratio is 0: no head would train")
+    for name, value, known in (("metric", metric, tuple(METRICS)), ("representation", representation, REPRESENTATIONS),
+                               ("rest", rest, REST)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; expected one of {known}")
+    HeadSelection([], [], kv=kv, parts=parts)
