@@ -34,6 +34,7 @@ _HOMES = {
     "AlpsCallback": "integrations.callback",
     "use_heads": "integrations.trainer",
     "alps_finetune": "integrations.finetune",
+    "paper_arguments": "integrations.finetune",
 }
 
 __all__ = sorted(_HOMES)
