@@ -45,6 +45,7 @@ class Mirror:
         self._stamp: tuple | None = None
         self.formed = False  # a gradient, since weight and leaf last agreed
         self._told = False
+        self._grad_mode: bool | None = None  # of the last forward
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("module", "name", "dim", "ranges", "trained_before", "always")
@@ -107,23 +108,37 @@ class Mirror:
         self._stamp = self._now(self.weight, leaf)
 
     def stale(self, weight: Tensor, leaf: Tensor) -> bool:
-        """The two may differ. A step through `leaf.data` leaves no trace but the gradient it came from."""
+        """The two may differ. A change through `leaf.data` leaves no trace but the gradient before it."""
         return self.formed or self._stamp != self._now(weight, leaf)
 
     @staticmethod
     def _now(weight: Tensor, leaf: Tensor) -> tuple:
-        return leaf._version, leaf.data_ptr(), weight.data_ptr()
+        return leaf._version, leaf.data_ptr(), weight._version, weight.data_ptr()
 
     # -- make them agree ---------------------------------------------------------------------
 
     def refresh(self, weight: Tensor, leaf: Tensor) -> None:
-        """Copy leaf to weight where they may differ; `weight` and `leaf` are what the module uses now."""
+        """Copy leaf to weight where they may differ; `weight` and `leaf` are what the module uses now.
+
+        Between training and evaluation averages of weights are swapped in through `.data`, unseen:
+        where the grad mode has changed they may differ.
+        """
+        mode, self._grad_mode = self._grad_mode, torch.is_grad_enabled()
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             self.always = True
         if not self.owns(weight, leaf):
             self._copy(weight, leaf, silent=True)  # it may have been filled anew since the last call
-        elif self.always or self.stale(weight, leaf):
+            self._stamp = None
+        elif self.always or mode not in (None, self._grad_mode) or self.stale(weight, leaf):
             self.copy(weight, leaf)
+
+    def bring_up(self) -> None:
+        """Copy leaf to weight, as the module holds them now."""
+        weight, leaf = self.weight, self.leaf
+        if self.owns(weight, leaf):
+            self.copy(weight, leaf)
+        else:
+            self.refresh(weight, leaf)
 
     def copy(self, weight: Tensor, leaf: Tensor) -> None:
         """Copy leaf to weight, the module's own parameters, whether or not they differ."""
@@ -140,11 +155,15 @@ class Mirror:
                 block.copy_(part)
 
     def stepped(self, leaf: Tensor) -> None:
-        """An optimizer made a step on the leaf: copy, unless it told (`written`) that it did so itself."""
-        weight = self.weight
+        """An optimizer made a step on the leaf: copy, unless it told (`written`) that it did so itself.
+
+        The next forward copies once more: whoever steps may also clip or shrink through `.data`.
+        """
+        weight, formed = self.weight, self.formed
         told, self._told = self._told, False
         if self.owns(weight, leaf) and (self.stale(weight, leaf) or (leaf.grad is not None and not told)):
             self.copy(weight, leaf)
+            self.formed = formed
 
 
 def mirror_of(param: Tensor) -> Mirror | None:
@@ -166,9 +185,9 @@ def mirrors_in(model: nn.Module) -> Iterator[tuple[str, Mirror]]:
 
 
 def refresh(model: nn.Module) -> None:
-    """Make every full weight of a sliced model current, for whoever reads it without running the model."""
+    """Write every leaf into its full weight, seen to be changed or not: for whoever reads weights without a forward."""
     for _, mirror in mirrors_in(model):
-        mirror.refresh(mirror.weight, mirror.leaf)
+        mirror.bring_up()
 
 
 def _register(table: dict, param: Tensor, mirror: Mirror) -> None:

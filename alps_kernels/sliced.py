@@ -99,7 +99,7 @@ def _restore(model: nn.Module) -> None:
     before = _before(model) or {}
     for module in [module for module in model.modules() if isinstance(module, Sliced)]:
         for name, mirror in module._mirrors.items():
-            mirror.refresh(mirror.weight, mirror.leaf)
+            mirror.bring_up()
             mirror.weight.requires_grad_(mirror.trained_before)
             del module._parameters[name + SUFFIX]
         del module._mirrors, module._cut

@@ -42,6 +42,11 @@ class Cut(NamedTuple):
         """The weight is [n_in, n_out], not [n_out, n_in]."""
         return self.product == "addmm"
 
+    @property
+    def dim(self) -> int:
+        """The axis of the weight as stored that is cut."""
+        return int(self.outputs == self.transposed)
+
 
 @torch.library.custom_op("alps_kernels::write_slices", mutates_args=("weight",))
 def write_slices(weight: Tensor, leaf: Tensor, starts: list[int], stops: list[int], dim: int) -> None:
@@ -54,6 +59,26 @@ def write_slices(weight: Tensor, leaf: Tensor, starts: list[int], stops: list[in
 @write_slices.register_fake
 def _(weight: Tensor, leaf: Tensor, starts: list[int], stops: list[int], dim: int) -> None:
     return None
+
+
+@torch.library.custom_op("alps_kernels::input_grad", mutates_args=())
+def input_grad(dy: Tensor, weight: Tensor, leaf: Tensor, starts: list[int], stops: list[int], dim: int,
+               transposed: bool) -> Tensor:
+    """dX = dY W in compiled code, of the weight with the leaf in it.
+
+    FSDP2 fills the weight anew between forward and backward. What is written here is what forward
+    wrote, so no other reader can tell; said to be a mutation, it would cost a copy of the weight.
+    """
+    with torch.autograd._unsafe_preserve_version_counter(weight):
+        torch.ops.alps_kernels.write_slices(weight, leaf, starts, stops, dim)
+    full = weight.to(dy.dtype)
+    return dy.mm(full.t() if transposed else full)
+
+
+@input_grad.register_fake
+def _(dy: Tensor, weight: Tensor, leaf: Tensor, starts: list[int], stops: list[int], dim: int,
+      transposed: bool) -> Tensor:
+    return dy.new_empty(dy.shape[0], weight.shape[0 if transposed else 1])
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, product: str) -> Tensor:
@@ -81,7 +106,7 @@ class SlicedProject(torch.autograd.Function):
         kept = leaf = None
         if ctx.needs_input_grad[3]:
             kept = x if cut.outputs else selected(x, cut.weight).to(out.dtype, copy=len(cut.weight) == 1)
-        if ctx.needs_input_grad[0] and mirrors and weight_leaf is not None and not mirrors[0].owns(weight, weight_leaf):
+        if ctx.needs_input_grad[0] and weight_leaf is not None and not (mirrors and mirrors[0].owns(weight, weight_leaf)):
             leaf = weight_leaf  # FSDP2 fills the weight anew before backward
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None, leaf)
         ctx.cut, ctx.mirrors, ctx.shape, ctx.dtype = cut, mirrors, x.shape, x.dtype
@@ -103,10 +128,7 @@ class SlicedProject(torch.autograd.Function):
         flat = dy.reshape(-1, dy.shape[-1])
         dx = d_weight = d_bias = None
         if weight is not None:
-            if leaf is not None:
-                ctx.mirrors[0].refresh(weight, leaf)
-            weight = weight.to(dy.dtype)
-            dx = flat.mm(weight.t() if cut.transposed else weight).view(ctx.shape).to(ctx.dtype)
+            dx = SlicedProject._input_grad(ctx, flat, weight, leaf).view(ctx.shape).to(ctx.dtype)
         if kept is not None:
             x = kept.reshape(-1, kept.shape[-1]).to(dy.dtype)
             if cut.outputs:
@@ -118,6 +140,21 @@ class SlicedProject(torch.autograd.Function):
         for mirror in ctx.mirrors:
             mirror.formed = True
         return dx, None, None, d_weight, d_bias, None, None
+
+
+    @staticmethod
+    def _input_grad(ctx: Any, dy: Tensor, weight: Tensor, leaf: Tensor | None) -> Tensor:
+        cut: Cut = ctx.cut
+        if leaf is not None and not ctx.mirrors:
+            return input_grad(dy, weight, leaf, *_edges(cut.weight), cut.dim, cut.transposed)
+        if leaf is not None:
+            ctx.mirrors[0].refresh(weight, leaf)
+        weight = weight.to(dy.dtype)
+        return dy.mm(weight.t() if cut.transposed else weight)
+
+
+def _edges(ranges: Ranges) -> tuple[list[int], list[int]]:
+    return [start for start, _ in ranges], [stop for _, stop in ranges]
 
 
 class Sliced(nn.Module):
@@ -149,7 +186,7 @@ class Sliced(nn.Module):
         """The full parameters become current: by a look at the mirrors, or always where Python does not run again."""
         for name, mirror in self._mirrors.items():
             if torch.compiler.is_compiling():
-                write_slices(full[name], leaves[name], [a for a, _ in mirror.ranges], [b for _, b in mirror.ranges], mirror.dim)
+                write_slices(full[name], leaves[name], *_edges(mirror.ranges), mirror.dim)
                 mirror.always = True
             else:
                 mirror.refresh(full[name], leaves[name])
@@ -172,14 +209,14 @@ class Sliced(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         for mirror in self._mirrors.values():
-            mirror.refresh(mirror.weight, mirror.leaf)
+            mirror.bring_up()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._mirrors:
             del destination[prefix + name + SUFFIX]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for mirror in self._mirrors.values():
-            mirror.refresh(mirror.weight, mirror.leaf)
+            mirror.bring_up()
         leaves = {name: self._parameters.pop(name + SUFFIX) for name in self._mirrors}
         try:
             super()._load_from_state_dict(*args, **kwargs)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .layout import AttentionLayer, HeadLayout, HeadSlice, LayoutError
 from .locate import find_heads
+from .mirrors import refresh
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -51,6 +52,7 @@ class ModelWeights:
         self.model_type = getattr(config, "model_type", None)
         self.name = name or os.path.basename(str(getattr(config, "name_or_path", "") or "")) or type(model).__name__
         self.layout = find_heads(model)
+        refresh(model)
         self._params = {key: param.detach() for key, param in model.named_parameters()}
         if wrapped := [key for key in self.layout.shapes if ".base_layer." in key]:
             raise LayoutError(f"{self.name}: {wrapped[0]} has an adapter beside it, which its weight does not show; "

@@ -30,7 +30,7 @@ ALLOWED = {
     "comparison": {"selection", "scores"},
     "scores": {"files", "selection", "layout", "pictures", "comparison"},
     "representation": {"layout", "ops"},
-    "weights": {"layout", "locate"},
+    "weights": {"layout", "locate", "mirrors"},
     # score_heads takes paths: it opens them with integrations.checkpoints, imported on demand.
     "scoring": {"ops", "layout", "scores", "weights", "representation", "integrations"},
     "integrations": {"layout", "locate", "weights", "binding", "files", "mirrors", "optimizer", "ops", "representation", "scores",
