@@ -36,8 +36,11 @@ reliability: $(SETUP)
 census: $(SETUP)
 	$(BIN)/python -m tests.census --write-table
 
+# Every benchmark with the rivals that can be had, then docs/results.md; BENCH=--quick takes about two minutes.
 bench: $(SETUP)
-	$(BIN)/python -m bench
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench $(BENCH)
+	$(BIN)/python -m bench.report
 
 # The study of docs/evidence.md: PROFILE=cpu takes hours on two cores, PROFILE=gpu is written for one GPU. It goes on where it stopped.
 PROFILE ?= cpu

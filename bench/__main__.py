@@ -16,6 +16,7 @@ NAMES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).paren
 QUICK = {
     "adamw": "--layers 4 --ratio 0.1 1.0 --repeats 5",
     "counts": "--layers 2 --ratio 0.1",
+    "curves": "--layers 3 --steps 6 --batch 4",
     "dw": "--shape SmolLM2-135M --ratio 0.1 --tokens 256 --repeats 3",
     "grad_norm": "--layers 4 --ratio 0.1 --repeats 5",
     "score": "--shape SmolLM2-135M --layers 2",

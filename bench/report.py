@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench.common import RESULTS
+from bench.plots import pictures, whole_models
 from bench.predictions import predicted
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
@@ -26,6 +28,9 @@ CAPTIONS = {
     "step": "ms a step (time over LoRA's); peak: MiB that a step allocates on top of weights and state",
 }
 
+# What beside device and case names a row, where that is not its rival.
+KEYS = {"counts": ("method", "ratio"), "curves": ("kind", "step")}
+
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
@@ -38,13 +43,13 @@ def latest(rows: list[dict[str, str]], *key: str) -> list[dict[str, str]]:
     return list(last.values())
 
 
-def measured(paths: list[Path]) -> list[str]:
+def measured(tables: dict[str, list[dict[str, str]]], drawn: dict[str, list[str]]) -> list[str]:
     """A table for every benchmark, model and dtype: rivals down, cases across."""
     lines = ["## Measured", ""]
-    for path in paths:
-        lines += [f"### {path.stem}", "", f"Cells: {CAPTIONS[path.stem]}.", ""]
+    for name, rows in tables.items():
+        lines += [f"### {name}", "", f"Cells: {CAPTIONS[name]}.", "", *shown(drawn, name)]
         groups: dict[tuple, list[dict]] = {}
-        for row in latest(rows_of(path), "rival"):
+        for row in rows:
             groups.setdefault((*(row[k] for k in CONDITIONS), row["case"].split(",")[0]), []).append(row)
         said = None
         for (device, torch, triton, python, date, commit, command, _), group in groups.items():
@@ -53,7 +58,12 @@ def measured(paths: list[Path]) -> list[str]:
                 lines += [conditions, ""]
             said = conditions
             lines += [*pivot(group), ""]
-    return lines if paths else [*lines, "No rows yet.", ""]
+    return lines if tables else [*lines, "No rows yet.", ""]
+
+
+def shown(drawn: dict[str, list[str]], name: str) -> list[str]:
+    """The pictures of a benchmark, one to a paragraph."""
+    return [line for file in drawn.get(name, []) for line in (f"![{name}: time or bytes by rival, the conditions in its title](bench/{file})", "")]
 
 
 def pivot(group: list[dict[str, str]]) -> list[str]:
@@ -88,7 +98,27 @@ def cell(row: dict[str, str]) -> str:
     return f"{float(row['median_ms']):.4g}" + (f" ({'; '.join(extra)})" if extra else "")
 
 
-def counts(rows: list[dict[str, str]]) -> list[str]:
+def training(rows: list[dict[str, str]], drawn: dict[str, list[str]]) -> list[str]:
+    """Show 4 of the kernels: what precision does to training."""
+    if not rows:
+        return []
+    last = rows[-1]
+    lines = ["## Training by precision", "",
+             "Distance: of the trained slices from the fp32 run's at the end, over the length of that run's way (l2). Unmoved: share of "
+             "the trained weights that are what they were. Held-out: 64 problems that no batch holds.", "", *shown(drawn, "curves"),
+             f"**{last['case']}**; torch {last['torch']}, {last['date']}, commit {last['commit']}; `{last['command']}`", "",
+             "| | step | loss | held-out loss | distance | unmoved | state MiB |", "|---|---|---|---|---|---|---|"]
+    for kind in dict.fromkeys(row["kind"] for row in rows if row["case"] == last["case"]):
+        row = [row for row in rows if row["kind"] == kind and row["case"] == last["case"]][-1]
+        if not row["loss"]:
+            lines.append(f"| {kind} | {row['note']} | | | | | |")
+            continue
+        lines.append(f"| {kind} | {row['step']} | {float(row['loss']):.3f} | {float(row['test_loss']):.3f} | {float(row['distance']):.3f} "
+                     f"| {float(row['same']):.1%} | {float(row['state_bytes']) / MIB:.1f} |")
+    return [*lines, ""]
+
+
+def counts(rows: list[dict[str, str]], drawn: dict[str, list[str]]) -> list[str]:
     """Issue 4's table: what one training step keeps and does, by method."""
     if not rows:
         return []
@@ -97,9 +127,10 @@ def counts(rows: list[dict[str, str]]) -> list[str]:
              "form weight gradients, a multiplication and an addition counted as two. Forward: operations that move data, and "
              "bytes they write. The heads are 10 % of all, random, q/k/v, where no other share is named; LoRA is PEFT's on q/k/v "
              "with adapters in the model's dtype; SHiRA trains as many elements as the selection. Full fine-tuning, masks, LoRA and SHiRA step with torch.optim.AdamW, "
-             "whose moments have the weights' dtype; HeadAdamW keeps float32 moments, and 2 bytes more of a bfloat16 weight.", ""]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        group = [row for row in latest(rows, "method", "ratio") if row["case"] == case]
+             "whose moments have the weights' dtype; HeadAdamW keeps float32 moments, and 2 bytes more of a bfloat16 weight.", "",
+             *shown(drawn, "counts")]
+    for case in whole_models(rows):
+        group = [row for row in rows if row["case"] == case]
         lines += [f"**{case}**; torch {group[-1]['torch']}, {group[-1]['date']}, commit {group[-1]['commit']}; `{group[-1]['command']}`", "",
                   "| | trains | saved MiB | gradients MiB | state MiB | dW GFLOP | backward GFLOP | forward |", "|---|---|---|---|---|---|---|---|"]
         for row in group:
@@ -116,15 +147,21 @@ def counts(rows: list[dict[str, str]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    folder = Path(os.environ.get("OUT") or RESULTS)
-    paths = sorted(path for path in folder.glob("*.csv") if path.stem in CAPTIONS)
-    rows = [row for path in paths for row in rows_of(path)]
-    counted = rows_of(folder / "counts.csv") if (folder / "counts.csv").exists() else []
-    text = "\n".join(["# Results", "", "Generated by `python -m bench.report`; every measured row is in `bench/results/`.", "",
-                      *counts(counted), *measured(paths), *predicted(rows, counted)])
-    page = Path(os.environ["OUT"]) / "results.md" if os.environ.get("OUT") else PAGE
+    folder, page = Path(os.environ.get("OUT") or RESULTS), PAGE
+    if os.environ.get("OUT"):
+        page = folder / "results.md"
+    tables = {path.stem: latest(rows_of(path), *KEYS.get(path.stem, ("rival",))) for path in sorted(folder.glob("*.csv"))
+              if path.stem in CAPTIONS or path.stem in KEYS}
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(text)
+    drawn = {}
+    if find_spec("matplotlib"):
+        drawn = pictures(page.parent / "bench", tables)
+    else:
+        print("matplotlib is not installed: no pictures")
+    counted, trained = tables.pop("counts", []), tables.pop("curves", [])
+    rows = [row for group in tables.values() for row in group]
+    page.write_text("\n".join(["# Results", "", "Generated by `python -m bench.report`; every measured row is in `bench/results/`.", "",
+                               *counts(counted, drawn), *training(trained, drawn), *measured(tables, drawn), *predicted(rows, counted)]))
     print(page)
 
 

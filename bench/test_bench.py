@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from alps_kernels.ops.head_delta import head_delta, head_delta_projection
+from alps_kernels.ops.head_grad import head_grad
 from alps_kernels.optimizer import HeadAdamW
-from bench.bench_adamw import DEVICE, OPTIONS, attention, bound_to
+from bench import bench_grad_norm, bench_step, cases
+from bench.bench_adamw import DEVICE, attention, bound_to
+from bench.bench_dw import ranges_of
 from bench.bench_score import layer_of
+from bench.rivals import OPTIONS
 from bench.shapes import RATIOS, Shape, heads_of
 
 SHAPE = Shape("small", 4, 576, 9, 3, 64)  # four layers of SmolLM2-135M
@@ -45,3 +49,23 @@ def test_step_with_the_gradient_norm(benchmark):
 def test_score(benchmark, score):
     layers = [layer_of(SHAPE, DEVICE, torch.float32, seed) for seed in range(SHAPE.layers)]
     run(benchmark, lambda: score(layers, ["pad"]))
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("adjacent", [True, False], ids=["adjacent", "scattered"])
+def test_grad_norm(benchmark, adjacent, ratio):
+    params = attention(SHAPE, SHAPE.layers, torch.float32)
+    run(benchmark, bench_grad_norm.ours(params, bound_to(SHAPE, params, heads_of(SHAPE, ratio, adjacent=adjacent))).call)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize("adjacent", [True, False], ids=["adjacent", "scattered"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_dw(benchmark, transposed, adjacent, ratio):
+    cut, other = (torch.randn(512, SHAPE.hidden, device=DEVICE) for _ in range(2))
+    run(benchmark, lambda: head_grad(cut, other, ranges_of(SHAPE, ratio, adjacent), transposed=transposed))
+
+
+@pytest.mark.parametrize("method", ["HeadAdamW", "slice_heads + HeadAdamW"])
+def test_training_step(benchmark, method):
+    run(benchmark, bench_step.entry(cases.smollm2(2, DEVICE, length=40), method, 0.1).call)
