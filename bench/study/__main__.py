@@ -100,8 +100,9 @@ def run(profile: str, only: list[str], limit: int | None, seconds: float | None)
         began = time.perf_counter()
         measured = base_row(cell, plan) if cell.method == "base" else run_cell(cell, plan, task_rates(plan, chosen), cache)
         write(table_path(), cell, measured)
-        print(f"{cell.key}: exact {measured['exact_match']:.3f}, test loss {measured['test_loss']:.4f}, English "
-              f"{measured['english_ppl']:.2f}, code {measured['code_ppl']:.2f} ({time.perf_counter() - began:.0f} s)", flush=True)
+        said = ", ".join(f"{name} {measured[name]:.4g}" for name in ("exact_match", "test_loss", "dev_loss", "english_ppl", "code_ppl")
+                         if name in measured)
+        print(f"{cell.key}: {said} ({time.perf_counter() - began:.0f} s)", flush=True)
 
 
 def rerun(profile: str, key: str) -> int:
