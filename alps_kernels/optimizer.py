@@ -191,10 +191,16 @@ class HeadAdamW(torch.optim.Optimizer):
         if not updates:
             return
         control = self._control(updates, found_inf)
-        for update in updates:
+        fresh = [update for update in updates if self.state.get(update.owner) is not update.state]
+        for update in fresh:
             self.state[update.owner] = update.state
-        head_adamw_(updates, control=control, seed=self.seed, plans=self._plans, backend=self._backend)
-        torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]).reshape(()))
+        try:
+            head_adamw_(updates, control=control, seed=self.seed, plans=self._plans, backend=self._backend)
+        except BaseException:  # an interrupt too: what did not move keeps no state
+            for update in fresh:
+                if not update.state["step"].any():
+                    del self.state[update.owner]
+            raise
 
     def _updates(self) -> list[Update]:
         """What the op takes, checked: for every parameter with a gradient, that of the last step where it holds."""

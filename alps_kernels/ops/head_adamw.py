@@ -21,9 +21,9 @@ Plans = dict[tuple, "Plan"]
 
 def head_adamw_(updates: Sequence[Update], *, control: Tensor | None = None, seed: int = 0,
                 plans: Plans | None = None, backend: str | None = None) -> None:
-    """One AdamW step, in place; `reference.head_adamw_` says what that is.
+    """One AdamW step, in place; `reference.head_adamw_` says what that is. Advances each state's `step`.
 
-    One launch for every (device, param, grad, state) dtype tuple; tensors that the kernel
+    All tables are made before the first launch. One launch for every (device, param, grad, state) dtype tuple; tensors that the kernel
     cannot address (float64, rows that are not contiguous) go to the reference.
 
     Args:
@@ -36,11 +36,20 @@ def head_adamw_(updates: Sequence[Update], *, control: Tensor | None = None, see
             "reference" never to; default: the kernel on CUDA.
     """
     plain, grouped = _sorted(updates, backend)
+    launches = [(_plan(plans, key, group, seed), group) for key, group in grouped.items() if key is not None]
     if plain:
         reference.head_adamw_(plain, control=control, seed=seed)
-    for key, group in grouped.items():
-        plan = _plan(plans, key, group, seed)
+    for plan, group in launches:
         plan.step(group, None if control is None else control.to(plan.device))
+        _advance(group, control)
+    _advance(grouped.get(None, []), control)
+
+
+def _advance(updates: list[Update], control: Tensor | None) -> None:
+    steps = [update.state["step"] for update in updates if update.state is not None]
+    if steps:  # of counts on the host the caller has seen to it that this step is taken
+        skips = control is not None and steps[0].is_cuda
+        torch._foreach_add_(steps, (control[1] == 0).to(steps[0]) if skips else 1)
 
 
 def head_grad_norm(updates: Sequence[Update], *, seed: int = 0, plans: Plans | None = None,
@@ -50,21 +59,22 @@ def head_grad_norm(updates: Sequence[Update], *, seed: int = 0, plans: Plans | N
     Deterministic: partial sums of tiles in float32, added up in float64 in a fixed order.
     """
     plain, grouped = _sorted(updates, backend)
-    squares = [reference.head_grad_norm(plain).square()] if plain or not grouped else []
-    squares += [_plan(plans, key, group, seed).grad_square() for key, group in grouped.items()]
+    squares = [reference.head_grad_norm(plain).square()] if plain or not grouped.keys() - {None} else []
+    squares += [_plan(plans, key, group, seed).grad_square() for key, group in grouped.items() if key is not None]
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
 
 
 def _sorted(updates: Sequence[Update], backend: str | None) -> tuple[list[Update], dict[tuple, list[Update]]]:
-    """Those for the reference, and those for the kernel by launch."""
+    """Those for the reference, and those for the kernel by launch; under None what has no element."""
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"backend is {backend!r}; expected 'triton', 'reference' or None")
     plain, grouped = [], defaultdict(list)
     for update in updates:
         if backend == "reference" or (backend is None and not update.param.is_cuda) or not update.launchable:
             plain.append(update)
-        elif update.exp_avg.numel():
-            grouped[update.launch, isinstance(update.hypers, Tensor)].append(update)
+        else:
+            key = (update.launch, isinstance(update.hypers, Tensor)) if update.exp_avg.numel() else None
+            grouped[key].append(update)
     return plain, grouped
 
 

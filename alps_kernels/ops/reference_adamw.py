@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .reference_rounding import join, random_bits, round_stochastically, split_
+from .reference_rounding import join, random_bits, round_stochastically, split
 from .updates import Block, Hyper, Update
 
 PARAM_BITS, EXP_AVG_BITS, EXP_AVG_SQ_BITS = range(3)  # which rounding a random number is for
+PENDING = 2**20  # bytes of new values that wait for one another: they stay in the cache
 
 
 @torch.no_grad()
@@ -24,6 +25,10 @@ def head_adamw_(updates: Sequence[Update], *, control: Tensor | None = None, see
     parameters come out bit-equal to it. 16-bit parameters and moments are widened to float32
     and rounded once, at the end.
 
+    Everything is computed before anything is written, and written by one call, each state's
+    `step` with it: an error or an interrupt on the way finds all of it done or nothing. Above
+    `PENDING` bytes that holds for a run of parameters at a time.
+
     Args:
         updates: any mixture of dtypes, devices and precisions.
         control: [2] float32: gradients are multiplied by the first number; nothing moves where
@@ -33,12 +38,29 @@ def head_adamw_(updates: Sequence[Update], *, control: Tensor | None = None, see
     if control is not None and control[1] != 0:
         return
     scale = 1.0 if control is None else control[0].item()
+    targets, values, steps, pending = [], [], [], 0
     for update in updates:
         for hyper, blocks in update.parts():
-            _step_blocks(update, hyper, blocks, scale, seed)
+            for target, value in _stepped(update, hyper, blocks, scale, seed):
+                targets.append(target)
+                values.append(value)
+                pending += value.nbytes
+        steps += [update.state["step"]] if update.state is not None else []
+        if pending > PENDING:
+            _write(targets, values, steps)
+            targets, values, steps, pending = [], [], [], 0
+    _write(targets, values, steps)
 
 
-def _step_blocks(update: Update, hyper: Hyper, blocks: list[Block | None], scale: float, seed: int) -> None:
+def _write(targets: list[Tensor], values: list[Tensor], steps: list[Tensor]) -> None:
+    """Everything in one call, which nothing interrupts."""
+    if targets or steps:
+        torch._foreach_copy_([*targets, *steps], [*values, *(torch._foreach_add(steps, 1) if steps else ())])
+
+
+def _stepped(update: Update, hyper: Hyper, blocks: list[Block | None], scale: float,
+             seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a step of some blocks writes: (where, the new values)."""
     wide = torch.float64 if update.param.dtype == torch.float64 else torch.float32
     params, grads = ([t if b is None else b.of(t) for b in blocks] for t in (update.param, update.grad))
 
@@ -56,39 +78,42 @@ def _step_blocks(update: Update, hyper: Hyper, blocks: list[Block | None], scale
     masters = [join(p, extra) for p, extra in zip(params, low, strict=True)]
     grads = [g.to(wide) if scale * hyper.sign == 1.0 else g.to(wide) * (scale * hyper.sign) for g in grads]
     moments = [[t.to(wide) for t in tensors] for tensors in stored]
-    adamw_(masters, grads, *moments, hyper=hyper)
+    masters, *moments = adamw(masters, grads, *moments, hyper=hyper)
 
-    if update.exp_avg.dtype != wide:
-        for purpose, old, new in zip((EXP_AVG_BITS, EXP_AVG_SQ_BITS), stored, moments, strict=False):
-            for target, value, noise in zip(old, new, bits(purpose), strict=True):
-                target.copy_(round_stochastically(value, noise, target.dtype))
-        for target, value in zip(*(stored[2:] + moments[2:]), strict=True) if len(stored) == 3 else ():
-            target.copy_(value)  # a maximum does not drift: to nearest
-    if update.param.dtype != wide:
-        noises = bits(PARAM_BITS) if update.master == "stochastic" else [None] * len(blocks)
-        for param, extra, value, noise in zip(params, low, masters, noises, strict=True):
-            if noise is not None:
-                param.copy_(round_stochastically(value, noise, param.dtype))
-            else:
-                split_(value, param, extra)
+    purposes = (EXP_AVG_BITS, EXP_AVG_SQ_BITS, None)[:len(stored)]  # a maximum does not drift: to nearest
+    for purpose, old, new in zip(purposes, stored, moments, strict=True):
+        noises = [None] * len(old) if purpose is None or update.exp_avg.dtype == wide else bits(purpose)
+        for target, value, noise in zip(old, new, noises, strict=True):
+            yield target, value if noise is None else round_stochastically(value, noise, target.dtype)
+    noises = bits(PARAM_BITS) if update.master == "stochastic" else [None] * len(blocks)
+    for param, extra, value, noise in zip(params, low, masters, noises, strict=True):
+        if noise is not None:
+            yield param, round_stochastically(value, noise, param.dtype)
+        elif param.dtype == wide:
+            yield param, value
+        else:
+            high, rest = split(value, param.dtype, None if extra is None else extra.dtype)
+            yield param, high
+            if extra is not None:
+                yield extra, rest
 
 
-def adamw_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-           max_exp_avg_sqs: list[Tensor] | None = None, *, hyper: Hyper) -> None:
-    """The arithmetic of one AdamW step on wide tensors, in place, as torch orders it."""
+def adamw(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+          max_exp_avg_sqs: list[Tensor] | None = None, *, hyper: Hyper) -> list[Sequence[Tensor]]:
+    """The arithmetic of one AdamW step on wide tensors, as torch orders it: the new params and moments."""
     if not params:
-        return
-    if hyper.decay != 1.0:
-        torch._foreach_mul_(params, hyper.decay)
-    torch._foreach_lerp_(exp_avgs, grads, hyper.weight1)
-    torch._foreach_mul_(exp_avg_sqs, hyper.beta2)
+        return [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs][:3 if max_exp_avg_sqs is None else 4]
+    params = torch._foreach_mul(params, hyper.decay)
+    exp_avgs = torch._foreach_lerp(exp_avgs, grads, hyper.weight1)
+    exp_avg_sqs = torch._foreach_mul(exp_avg_sqs, hyper.beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, hyper.weight2)
     if max_exp_avg_sqs is not None:
-        torch._foreach_maximum_(max_exp_avg_sqs, exp_avg_sqs)
+        max_exp_avg_sqs = torch._foreach_maximum(max_exp_avg_sqs, exp_avg_sqs)
     roots = torch._foreach_sqrt(exp_avg_sqs if max_exp_avg_sqs is None else max_exp_avg_sqs)
     torch._foreach_div_(roots, hyper.root2)
     torch._foreach_add_(roots, hyper.eps)
     torch._foreach_addcdiv_(params, exp_avgs, roots, -hyper.step_size)
+    return [params, exp_avgs, exp_avg_sqs] + ([] if max_exp_avg_sqs is None else [max_exp_avg_sqs])
 
 
 def head_grad_norm(updates: Sequence[Update]) -> Tensor:

@@ -23,27 +23,25 @@ def join(param: Tensor, low: Tensor | None) -> Tensor:
     return param.float() + low.float()
 
 
-def split_(master: Tensor, param: Tensor, low: Tensor | None) -> None:
-    """Write the float32 `master` to a 16-bit parameter and what is left to `low`.
+def split(master: Tensor, dtype: torch.dtype, low: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """The float32 `master` as a 16-bit parameter of `dtype`, and what is left, of dtype `low`.
 
     int16 beside bfloat16 holds the lower 16 bits: with rounding half up the pair is a bijection
     of all float32 but NaNs, which become one NaN. int16 beside float16 counts 65536ths of the
     parameter's spacing: exact from 2^-17 up to the largest float16, below that to 2^-40.
     A `low` of the parameter's dtype (Kahan) holds the rounded rest.
     """
-    if low is None:
-        param.copy_(master)
-    elif low.dtype == torch.int16 and param.dtype == torch.bfloat16:
+    if low == torch.int16 and dtype == torch.bfloat16:
         bits = torch.where(master.isnan(), NAN_BITS, master.view(torch.int32))
         high = (bits + 0x8000) >> 16
-        param.view(torch.int16).copy_(high)
-        low.copy_(bits - (high << 16))
-    else:
-        param.copy_(master)
-        rest = torch.where(param.isfinite(), master - param.float(), 0.0)
-        if low.dtype == torch.int16:
-            rest = (rest / (_spacing_fp16(param.float()) / 65536)).round_().clamp_(-32768, 32767)
-        low.copy_(rest)
+        return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+    param = master.to(dtype)
+    if low is None:
+        return param, None
+    rest = torch.where(param.isfinite(), master - param.float(), 0.0)
+    if low == torch.int16:
+        rest = (rest / (_spacing_fp16(param.float()) / 65536)).round_().clamp_(-32768, 32767)
+    return param, rest.to(low)
 
 
 def _spacing_fp16(value: Tensor) -> Tensor:
