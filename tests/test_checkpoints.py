@@ -63,7 +63,7 @@ def to_bin(folder, *, legacy: bool = False, shards: int = 1, prefix: str = ""):
         part = {key: state[key].clone() for key in names[i::shards]}
         torch.save(part, folder / file, _use_new_zipfile_serialization=not legacy)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
