@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .placement import is_sharded, read_ranges, write_ranges
+
 SUFFIX = "_slice"  # the leaf of `weight` is the parameter `weight_slice` of the same module
 
 # Parameters by id; a parameter does not own its mirror, the sliced module does.
@@ -79,7 +81,9 @@ class Mirror:
         return list(zip(self.blocks(weight), leaf.split([b - a for a, b in self.ranges], self.dim), strict=True))
 
     def cut(self, weight: Tensor) -> Tensor:
-        """The leaf's values, from a tensor of the full parameter's shape."""
+        """The leaf's values, from a tensor of the full parameter's shape; of a sharded one on every rank (a collective)."""
+        if is_sharded(weight):
+            return read_ranges(weight.detach(), self.dim, self.ranges)
         return torch.cat([block.detach() for block in self.blocks(weight)], self.dim)
 
     # -- do they agree -----------------------------------------------------------------------
@@ -149,6 +153,9 @@ class Mirror:
         self._stamp = self._now(weight, leaf)
 
     def _copy(self, weight: Tensor, leaf: Tensor, *, silent: bool) -> None:
+        if is_sharded(weight):  # between steps of FSDP2, for whoever reads the shards
+            with torch.no_grad():
+                return write_ranges(weight, leaf, self.dim, self.ranges)
         keep = torch.autograd._unsafe_preserve_version_counter(weight) if silent else nullcontext()
         with torch.no_grad(), keep:
             for block, part in self.pairs(weight, leaf):

@@ -12,8 +12,9 @@ from torch import Tensor
 from .binding import BoundSelection
 from .ops.head_adamw import head_adamw_, head_grad_norm
 from .ops.updates import Update, hypers_of
+from .placement import like
 from .saved_state import FORMAT, VERSION, read_saved, saved_entry
-from .sharding import like, sum_of_squares
+from .sharding import sum_of_squares
 from .state import HALVES, MOMENTS, Slot, check_grad, check_param, check_state, checked_precision, regrown, whole
 
 OURS = ("master", "moment_dtype")  # entries of a param group that torch.optim.AdamW does not have

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sharding import cut_compact, gather_compact, share_of, viewed
+from .placement import share_of, viewed
+from .sharding import cut_compact, gather_compact
 from .state import LOW, MOMENTS, Slot
 
 FORMAT, VERSION = "alps_kernels.head_adamw", 1

@@ -10,28 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .binding import BoundParam
-from .ops.updates import is_sharded, local
-
-Span = tuple[int, int]
-
-
-def bounds(tensor: Tensor) -> list[Span]:
-    """For every dimension the half-open range that this rank holds: equal chunks, the last ones short or empty."""
-    spans = [(0, size) for size in tensor.shape]
-    if is_sharded(tensor):
-        for axis, placement in enumerate(tensor.placements):
-            if placement.is_shard():
-                first, last = spans[placement.dim]
-                chunk = -(-(last - first) // tensor.device_mesh.size(axis))
-                start = min(first + tensor.device_mesh.get_local_rank(axis) * chunk, last)
-                spans[placement.dim] = (start, min(start + chunk, last))
-    return spans
+from .placement import Span, bounds, is_sharded, local, shard_groups, sum_bytes_
 
 
 def check_shards(part: BoundParam) -> None:
@@ -63,38 +47,6 @@ def part_here(part: BoundParam) -> BoundParam:
     return replace(part, param=local(part.param), ranges=tuple(r for r in ranges if r[0] < r[1]))
 
 
-def like(param: Tensor, held: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """`held`, this rank's share of a tensor of the parameter's shape, as a tensor placed as the parameter is.
-
-    Args:
-        shape: of the whole tensor where it is another, with more or fewer dimensions at the end.
-    """
-    if not is_sharded(param):
-        return held
-    from torch.distributed.tensor import DTensor
-
-    whole = torch.empty(param.shape if shape is None else tuple(shape), device="meta")
-    return DTensor.from_local(held, param.device_mesh, param.placements, run_check=False,
-                              shape=whole.shape, stride=whole.stride())
-
-
-def viewed(tensor: Tensor, view: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
-    """`view` of what this rank holds of a tensor, as a tensor of `shape` placed as it is."""
-    return like(tensor, view(local(tensor)), shape)
-
-
-def share_of(param: Tensor, value: Tensor) -> Tensor:
-    """This rank's share of `value`: of the parameter's shape, placed like it, otherwise, or not sharded at all."""
-    if is_sharded(value):
-        if is_sharded(param) and value.device_mesh == param.device_mesh:
-            return local(value if value.placements == param.placements else
-                         value.redistribute(param.device_mesh, param.placements))
-        value = value.full_tensor()
-    for dim, (start, stop) in enumerate(bounds(param)):
-        value = value.narrow(dim, start, stop - start)
-    return value
-
-
 def cut_compact(part: BoundParam, whole: Tensor) -> Tensor:
     """This rank's elements of a compact tensor, [part.numel], as a new tensor."""
     if not is_sharded(part.param):
@@ -115,15 +67,7 @@ def gather_compact(part: BoundParam, mine: Tensor) -> Tensor:
     whole = mine.new_zeros(part.numel)
     for there, here in _twins(part, whole, mine):
         there.copy_(here)
-    # Each byte is one rank's and zero on the others, so that no sum carries or rounds.
-    for group in shard_groups(part.param):
-        torch.distributed.all_reduce(whole.view(torch.uint8), group=group)
-    return whole
-
-
-def shard_groups(param: Tensor) -> list[Any]:
-    """The process groups whose ranks hold different shards, outermost first."""
-    return [param.device_mesh.get_group(axis) for axis, p in enumerate(param.placements) if p.is_shard()]
+    return sum_bytes_(whole, part.param)
 
 
 def sum_of_squares(params: Sequence[Tensor], square: Callable[[list[int]], Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from .mirrors import SUFFIX, Mirror
 from .ops.head_grad import head_grad, selected
+from .placement import is_sharded, local, share_of
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -214,12 +215,15 @@ class Sliced(nn.Module):
         for name in self._mirrors:
             del destination[prefix + name + SUFFIX]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         for mirror in self._mirrors.values():
             mirror.bring_up()
         leaves = {name: self._parameters.pop(name + SUFFIX) for name in self._mirrors}
+        for name, leaf in leaves.items():
+            if state_dict.get(prefix + name + SUFFIX) is leaf:  # set_model_state_dict adds what the model has itself
+                del state_dict[prefix + name + SUFFIX]
         try:
-            super()._load_from_state_dict(*args, **kwargs)
+            super()._load_from_state_dict(state_dict, prefix, *args)
         finally:
             for name, mirror in self._mirrors.items():
                 self._parameters[name + SUFFIX] = _loaded(leaves[name], mirror.cut(mirror.weight))
@@ -252,6 +256,9 @@ def _blank(plain_class: type[nn.Module]) -> nn.Module:
 @torch.no_grad()
 def _loaded(leaf: nn.Parameter, values: Tensor) -> nn.Parameter:
     """The leaf with new values: the same parameter where it can hold them, for its optimizer's sake."""
+    if is_sharded(leaf):
+        local(leaf).copy_(share_of(leaf, values))
+        return leaf
     if leaf.is_meta and not values.is_meta:
         return nn.Parameter(values, requires_grad=leaf.requires_grad)
     if leaf.dtype != values.dtype or leaf.device != values.device:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .binding import BoundParam, Ranges
-from .ops.updates import Block, is_sharded, local
-from .sharding import check_shards, clip, like, part_here
+from .ops.updates import Block
+from .placement import is_sharded, like, local
+from .sharding import check_shards, clip, part_here
 
 MASTERS = (None, "split", "kahan", "stochastic")
 HALVES = (torch.bfloat16, torch.float16)

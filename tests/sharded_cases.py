@@ -7,7 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import alps_kernels as alps
-from alps_kernels.sharding import bounds, local
+from alps_kernels.placement import bounds, local
 
 from .optimizer_cases import same_bytes
 

@@ -12,20 +12,21 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCATING = {"layout", "locate", "recognise", "outputs", "projections", "sizes", "fused", "places", "verify", "probes"}
 ALLOWED = {
     "csrc_triton": set(),
-    "ops": {"csrc_triton"},
+    "placement": set(),
+    "ops": {"csrc_triton", "placement"},
     "files": set(),
     **{name: LOCATING for name in LOCATING},
-    "mirrors": set(),
+    "mirrors": {"placement"},
     "binding": {"layout", "locate", "selection", "mirrors"},
-    "sliced_projection": {"ops", "mirrors"},
+    "sliced_projection": {"ops", "mirrors", "placement"},
     "sliceable": {"layout", "binding", "sliced_projection"},
     "sliced": {"layout", "locate", "selection", "binding", "mirrors", "sliceable", "sliced_projection"},
     "selection": {"layout", "binding", "files"},
     "guarding": {"layout", "binding", "selection", "mirrors"},
-    "optimizer": {"ops", "binding", "state", "saved_state", "mirrors", "sharding"},
-    "saved_state": {"state", "sharding"},
-    "state": {"ops", "binding", "sharding"},
-    "sharding": {"ops", "binding"},
+    "optimizer": {"ops", "binding", "state", "saved_state", "mirrors", "placement", "sharding"},
+    "saved_state": {"state", "placement", "sharding"},
+    "state": {"ops", "binding", "placement", "sharding"},
+    "sharding": {"binding", "placement"},
     "pictures": {"files", "scores", "selection"},
     "comparison": {"selection", "scores"},
     "scores": {"files", "selection", "layout", "pictures", "comparison"},
@@ -54,7 +55,7 @@ ALLOWED = {
 }
 # What a room may import from outside; a room that is not named here: anything installed.
 OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton"}, "optimizer": {"torch"}, "state": {"torch"},
-           "saved_state": {"torch"}, "sharding": {"torch"}, "guarding": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
+           "saved_state": {"torch"}, "sharding": {"torch"}, "placement": {"torch"}, "guarding": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
            "sliced": {"torch"}, "sliceable": {"torch"}, "sliced_projection": {"torch"},
            "files": set(), "__init__": set()}
 STANDARD = __import__("sys").stdlib_module_names

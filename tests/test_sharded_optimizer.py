@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import alps_kernels as alps
-from alps_kernels import saved_state, sharding, state
-from alps_kernels.sharding import local
+from alps_kernels import placement, saved_state, sharding, state
+from alps_kernels.placement import local
 
 from . import ranks
 from .mutants import plant
@@ -305,10 +305,9 @@ CHECKS = {
 GROUPS = "        for group in shard_groups(params[members[0]]) if key else ():\n"
 FAULTS = {  # of sharding and its use, each seen by the check beside it
     "the norm of one rank": (sharding, [(GROUPS, "        for group in ():\n")], "clipping"),
-    "the norm counts replicas": (sharding, [("enumerate(param.placements) if p.is_shard()", "enumerate(param.placements)")],
+    "the norm counts replicas": (placement, [("enumerate(param.placements) if p.is_shard()", "enumerate(param.placements)")],
                                  "hybrid"),
-    "a rank skips the gathering": (sharding, [("    for group in shard_groups(part.param):\n",
-                                               "    for group in ():\n")], "steps_llama"),
+    "a rank skips the gathering": (placement, [("    for group in shard_groups(param):", "    for group in ():")], "steps_llama"),
     "a shard begins one row early": (sharding, [("last) - first\n", "last) - max(first - 1, 0)\n")], "steps_llama"),
     "every shard is the first": (sharding, [("min(max(edge, first), last) - first", "edge")], "steps_llama"),
     "gathered ranges overlap": (sharding, [("here + size\n", "here\n")], "steps_gpt2_fused_columns"),
@@ -316,7 +315,7 @@ FAULTS = {  # of sharding and its use, each seen by the check beside it
                                                      "if self.part.dim == 0 else self.param.shape[0]\n")],
                                             "steps_gpt2_fused_columns"),
     "whole state is not sharded": (state, [("like(self.param, held) if self.part.full else held", "held")], "train_all"),
-    "dense state of another rank": (sharding, [("value.narrow(dim, start, stop - start)",
+    "dense state of another rank": (placement, [("value.narrow(dim, start, stop - start)",
                                                 "value.narrow(dim, 0, stop - start)")], "carry"),
     "slices are not read": (saved_state, [("    if slices is None:\n", "    if True:\n")], "refusals"),
     "the description is not of all ranks'": (saved_state, [("gather_compact(slot.part, value) for", "value for")], "steps_llama"),

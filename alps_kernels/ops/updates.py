@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..placement import is_sharded, local
+
 
 class Block(NamedTuple):
     """A rectangle of a parameter that trains, and where its state lies in the compact state.
@@ -35,16 +37,6 @@ class Block(NamedTuple):
     def of_state(self, compact: Tensor, shape: torch.Size) -> Tensor:
         """The block's state as a view [rows, cols] of a compact state tensor, [numel]."""
         return compact.as_strided(shape, (self.stride, 1), compact.storage_offset() + self.offset)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """It is a DTensor (told without importing torch.distributed)."""
-    return hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds, sharing its memory."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def matrix(tensor: Tensor) -> Tensor:
