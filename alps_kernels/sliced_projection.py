@@ -216,8 +216,10 @@ class Sliced(nn.Module):
             del destination[prefix + name + SUFFIX]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        for mirror in self._mirrors.values():
-            mirror.bring_up()
+        # Nothing is written to the full weights before: the state dict may hold these very tensors, as
+        # torch.distributed.checkpoint fills them in place.
+        given = {name for name, mirror in self._mirrors.items()
+                 if getattr(state_dict.get(prefix + name), "shape", None) == mirror.weight.shape}
         leaves = {name: self._parameters.pop(name + SUFFIX) for name in self._mirrors}
         for name, leaf in leaves.items():
             if state_dict.get(prefix + name + SUFFIX) is leaf:  # set_model_state_dict adds what the model has itself
@@ -226,7 +228,8 @@ class Sliced(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:
             for name, mirror in self._mirrors.items():
-                self._parameters[name + SUFFIX] = _loaded(leaves[name], mirror.cut(mirror.weight))
+                leaf = leaves[name]
+                self._parameters[name + SUFFIX] = _loaded(leaf, mirror.cut(mirror.weight)) if name in given else leaf
             self._adopt()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:

@@ -301,3 +301,16 @@ def test_many_ranks_are_one(found, world, check):
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_seen(name, tmp_path):
     assert ranks.run(2, {"faulty": partial(faulty, name)}, tmp_path, patience=10)["faulty"]
+
+
+def test_a_state_dict_that_was_filled_in_place_is_loaded():
+    """As torch.distributed.checkpoint does on one process: its tensors are the model's own full weights."""
+    model, heads, _ = sliced("llama")
+    train(model, optimizer_of(model, heads), [[tokens(1)]])
+    other, _, _ = sliced("llama")
+    state = model.state_dict()
+    for name, value in other.state_dict().items():
+        state[name].copy_(value)
+    model.load_state_dict(state)
+    assert differences(model.state_dict(), other.state_dict()) == []
+    assert torch.equal(loss_of(model, tokens(2)), loss_of(other, tokens(2)))
