@@ -37,9 +37,11 @@ class Case:
 def smollm2(layers: int | None = None, device: str = "cpu", batch: int = 2, length: int = 128) -> Case:
     """The real model, or its configuration with random weights where it cannot be fetched; float32."""
     from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from alps_kernels.demo import assets
 
+    disable_progress_bar()
     shape, folder = SHAPES["SmolLM2-135M"], None
     try:
         folder = assets.smollm2()
