@@ -110,7 +110,7 @@ def write_rows(name: str, rows: Sequence[dict], columns: Sequence[str] = COLUMNS
 def table(rows: Sequence[dict], columns: Sequence[str] = ("case", "rival", "median_ms", "gbps", "share", "ratio", "note")) -> None:
     """Print rows as a table people can read; columns that no row fills are left out."""
     shown = [c for c in columns if any(row.get(c) not in (None, "") for row in rows)]
-    lines = [shown, *([str(_short(row.get(c, ""))) for c in shown] for row in rows)]
+    lines = [shown, *(["" if row.get(c) is None else str(_short(row[c])) for c in shown] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines))

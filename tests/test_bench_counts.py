@@ -99,7 +99,8 @@ def test_a_broken_promise_stops_the_bench(llama, promise):
 
 def test_the_report_shows_the_counts(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
-    case, rows, steps = llama
+    _, rows, steps = llama
+    rows = [{**row, "case": row["case"].replace("of 32", "of 3")} for row in rows]  # only whole models are shown
     path = common.write_rows("counts", rows, bench_counts.COLUMNS)
     with path.open(newline="") as file:
         assert tuple(next(csv.reader(file))) == bench_counts.COLUMNS
