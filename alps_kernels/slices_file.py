@@ -221,7 +221,7 @@ def _values(file: Any, name: str, cut: Cut, entry: Mapping[str, Any]) -> Tensor:
     shape = tuple(file.get_slice(name).get_shape())
     if shape != cut.stored:
         raise ValueError(f"{name} has shape {list(shape)}; its ranges make it {list(cut.stored)}")
-    values = file.get_tensor(name)
+    values = file.get_tensor(name).clone()  # what is checked here must not be the file, which may change
     if dtype_name(values.dtype) != cut.dtype:
         raise ValueError(f"{name} is {dtype_name(values.dtype)}; its header says {cut.dtype}")
     if digest(values) != entry.get("values"):

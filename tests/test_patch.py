@@ -331,8 +331,12 @@ def refused(model, path, message, **options):
     ("model.embed_tokens.weight", (3, 5)), ("model.norm.weight", (7,)), ("model.layers.1.mlp.up_proj.weight", (0, 0)),
     ("model.layers.0.self_attn.q_proj.weight", (7, 2)), ("model.layers.0.self_attn.o_proj.weight", (5, 16)),
     ("model.layers.1.self_attn.v_proj.weight", (15, 1)), ("lm_head.weight", (31, 23))])
+@pytest.mark.fault("Bad input")
 def test_one_bit_of_the_base(name, place, with_base, tmp_path):
-    """Heads (0, 1) and (1, 0) alone are selected: rows 7, columns 16 and group 1 lie beside them."""
+    """one flipped bit of the base, beside the patched slices or far from them: the patch is refused by the parameter
+
+    Heads (0, 1) and (1, 0) alone are selected: rows 7, columns 16 and group 1 lie beside them.
+    """
     base = build(dtype=torch.bfloat16)
     save_patch(tune(base, pick(base, ((0, 1), (1, 0)))), tmp_path / "p.safetensors", base=base if with_base else None)
     dict(base.named_parameters())[name].data.view(torch.int16)[place] ^= 1
@@ -416,10 +420,12 @@ def test_a_model_that_was_cast_since_cannot_be_reverted(three):
 # -- all or nothing --------------------------------------------------------------------------
 
 
+@pytest.mark.fault("All or nothing")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
 @pytest.mark.parametrize("at", range(0, 16, 3))
 @pytest.mark.parametrize("action", ["apply", "apply two", "swap", "revert"])
 def test_an_error_between_two_writes(three, action, at, error, monkeypatch):
+    """an error or interrupt between any two writes of a patch's apply, swap or revert: the model is as it was"""
     base, _, folder = three
     if action in ("swap", "revert"):
         apply_patch(base, folder / "a.safetensors")

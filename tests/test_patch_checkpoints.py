@@ -133,7 +133,9 @@ def test_several_patches_one_after_another_and_back(folders):
     assert files_of(root / "back2") == files_of(root / "base")
 
 
+@pytest.mark.fault("Bad input")
 def test_refused_with_nothing_written(folders):
+    """patches of other checkpoints, targets that are there or lie inside the source: refused, nothing written"""
     base, tuned, heads, root = folders
     made = patch_from_checkpoints(root / "base", root / "tuned", heads)
     there = sorted(os.listdir(root))
@@ -165,9 +167,11 @@ def test_a_patched_folder_that_was_trained_on_is_not_reverted(folders):
     assert not (root / "back").exists()
 
 
+@pytest.mark.fault("All or nothing")
 @pytest.mark.parametrize("stage", ["copytree", "_patch_file", "sync", "replace"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_folder_appears_whole_or_not_at_all(folders, stage, error, monkeypatch):
+    """errors and interrupts while a patched checkpoint is written: no folder, no stray, the base untouched"""
     _, _, heads, root = folders
     made = patch_from_checkpoints(root / "base", root / "tuned", heads)
     there, base = sorted(os.listdir(root)), files_of(root / "base")
@@ -282,6 +286,7 @@ def test_diff(folders):
     assert not json.loads(invoke("diff", root / "a.safetensors", root / "e.safetensors", "--json").stdout)["same_base"]
 
 
+@pytest.mark.fault("Bad input")
 @pytest.mark.parametrize("arguments, message", [
     (["make", "nowhere", "{tuned}", "--heads", "{heads}", "-o", "{root}/x.safetensors"], "nowhere does not exist"),
     (["make", "{base}", "{tuned}", "--heads", "nowhere.json", "-o", "{root}/x.safetensors"], "nowhere.json"),
@@ -304,6 +309,7 @@ def test_diff(folders):
     (["export", "{patch}", "--lora", "--base", "{tuned}", "-o", "{root}/x"], "where the patch would go"),
     (["mkae"], "mkae")])
 def test_a_mistake_costs_a_line_not_a_traceback(folders, arguments, message, monkeypatch, capsys):
+    """mistakes on the command line of alps patch: one line, exit code 2, no file written"""
     base, tuned, heads, root = folders
     patch_from_checkpoints(root / "base", root / "tuned", heads).save(root / "p.safetensors")
     there = sorted(os.listdir(root))

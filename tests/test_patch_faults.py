@@ -226,8 +226,10 @@ def test_the_checks_pass_without_a_fault(check, tmp_path):
     check(tmp_path)
 
 
+@pytest.mark.fault("All or nothing")
 @pytest.mark.parametrize("at", range(len(FAULTS)))
 def test_a_planted_fault_is_seen(at, tmp_path, monkeypatch):
+    """faults planted in head patches and their exports, each seen by the check beside it"""
     module, check, *edits = FAULTS[at]
     plant(monkeypatch, module, *edits)
     try:

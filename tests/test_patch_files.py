@@ -179,8 +179,10 @@ HOSTILE = {
 }
 
 
+@pytest.mark.fault("Bad input")
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_files(good, case, tmp_path):
+    """patch files that are torn, foreign or contradict themselves: refused by file and reason, nothing changed"""
     base, data = good
     edit, message = HOSTILE[case]
     path = tmp_path / "hostile.safetensors"
@@ -234,8 +236,10 @@ CAREFUL = {
 }
 
 
+@pytest.mark.fault("Bad input")
 @pytest.mark.parametrize("case", CAREFUL)
 def test_careful_strangers(good, case, tmp_path):
+    """patch files that hold together and are not of this model: refused by name, nothing changed"""
     base, data = good
     change, message = CAREFUL[case]
     path = tmp_path / "careful.safetensors"
@@ -254,9 +258,11 @@ def test_the_careful_stranger_changes_nothing_else(good, tmp_path):
     assert apply_patch(build(dtype=torch.bfloat16), path) == ("p",)
 
 
+@pytest.mark.fault("Fuzz")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(st.data())
 def test_damaged_bytes_never_get_in(good, tmp_path, data):
+    """random bytes overwritten anywhere in a patch file: refused, or the slices are those that were written"""
     base, whole = good
     at = data.draw(st.integers(0, len(whole) - 1))
     piece = data.draw(st.binary(min_size=1, max_size=9))
@@ -329,8 +335,10 @@ def write(path, data):
     return path
 
 
+@pytest.mark.fault("All or nothing")
 @pytest.mark.parametrize("stage", ["save_file", "fsync", "chmod", "replace"])
 def test_an_error_while_saving_leaves_the_old_file(good, stage, tmp_path, monkeypatch):
+    """the disk is full at each stage of saving a patch: the old file stays, no stray beside it"""
     path = write(tmp_path / "p.safetensors", b"old")
     loaded = HeadPatch.load(write(tmp_path / "g.safetensors", good[1]))
     import pathlib
@@ -374,8 +382,10 @@ KILLED = textwrap.dedent("""
 """)
 
 
+@pytest.mark.fault("All or nothing")
 @pytest.mark.parametrize("stage, old", [("half written", True), ("before fsync", True), ("before replace", True), ("after replace", False)])
 def test_killed_while_saving(good, stage, old, tmp_path):
+    """kill -9 at each stage of saving a patch: the old file or the new one"""
     source, target = write(tmp_path / "g.safetensors", good[1]), write(tmp_path / "p.safetensors", b"old")
     ended = subprocess.run([sys.executable, "-c", KILLED, stage, str(source), str(target)], capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-500:]
