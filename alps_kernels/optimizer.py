@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -123,10 +124,24 @@ class HeadAdamW(torch.optim.Optimizer):
         for param, state in self.state.items():
             if state and param in slots:
                 slots[param], states[param] = regrown(self._slots[param], slots[param], state)
-        for param in [p for p in self.state if p not in states]:
-            del self.state[param]
-        self.state.update(states)
-        self.heads, self._slots, self._plans, self._known = heads, slots, {}, {}
+        with self._all_or_nothing():
+            for param in [p for p in self.state if p not in states]:
+                del self.state[param]
+            self.state.update(states)
+            self.heads, self._slots, self._plans, self._known = heads, slots, {}, {}
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """An error or interrupt within leaves groups, state and selection as they were."""
+        before, state = dict(self.__dict__), dict(self.state)
+        try:
+            yield
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            self.state.clear()
+            self.state.update(state)
+            raise
 
     def _make_slots(self, heads: BoundSelection | None) -> dict[Tensor, Slot]:
         chosen = None if heads is None else {id(part.param): part for part in heads.params}
@@ -314,13 +329,16 @@ class HeadAdamW(torch.optim.Optimizer):
             # Without the state: torch would cast every tensor of it to the parameter's dtype.
             return {**saved, "state": {}, "param_groups": groups if read else saved["param_groups"]}
 
-        handle = self.register_load_state_dict_pre_hook(take)  # the last to run: it sees what others made
-        try:
-            self._incoming = read
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            del self._incoming
+        hooks = dict(self._optimizer_load_state_dict_pre_hooks)
+        with self._all_or_nothing():
+            try:
+                self.register_load_state_dict_pre_hook(take)  # the last to run: it sees what others made
+                self._incoming = read
+                super().load_state_dict(state_dict)
+            finally:
+                self._optimizer_load_state_dict_pre_hooks.clear()
+                self._optimizer_load_state_dict_pre_hooks.update(hooks)
+                self.__dict__.pop("_incoming", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -234,10 +234,15 @@ class HeadSelection:
         """
         bound = self.bind(model, rest=_checked_rest(rest), layout=layout)
         trained = {id(part.param) for part in bound.params}
-        for param in model.parameters():
-            if param.is_floating_point():
+        before = [(param, param.requires_grad) for param in model.parameters() if param.is_floating_point()]
+        try:
+            for param, _ in before:
                 param.requires_grad_(id(param) in trained)
-        remember(model, self, rest)
+            remember(model, self, rest)
+        except BaseException:  # an interrupt
+            for param, trains in before:
+                param.requires_grad_(trains)
+            raise
         return bound
 
     # -- files -------------------------------------------------------------------------------

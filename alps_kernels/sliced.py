@@ -7,8 +7,8 @@ from torch import nn
 from .binding import BoundSelection, bind_full
 from .layout import HeadLayout
 from .locate import find_heads
-from .mirrors import SUFFIX, Mirror, mirrors_in
-from .selection import REST, HeadSelection, remember
+from .mirrors import SUFFIX, Mirror, mirrors_in, refresh
+from .selection import REST, HeadSelection, forget, remember, remembered
 from .sliceable import Place, find_places, product_of
 from .sliced_projection import Cut, Sliced, sliced_class
 
@@ -53,23 +53,48 @@ def slice_heads(model: nn.Module, heads: HeadSelection, *, rest: str = "frozen",
     layout = find_heads(model) if layout is None else layout
     bound = bind_full(heads, model, rest, layout)
     places = find_places(model, bound)
-    before = _before(model)
-    if before is None or not _is_sliced_so(model, places):
-        _check_whole(model)
-        _restore(model)
-        before = {name: param.requires_grad for name, param in model.named_parameters()}
-        for place in places:
-            _slice(place)
-    model.__dict__[_BEFORE] = before
-    remember(model, heads, rest)
-    bound = heads.bind(model, rest=rest, layout=layout)
-    trained = {id(part.param) for part in bound.params}
-    for param in model.parameters():
-        if param.is_floating_point():
-            param.requires_grad_(id(param) in trained)
-            if not param.requires_grad:
-                param.grad = None  # clip_grad_norm_ would count it
+    before, known = _before(model), remembered(model)
+    sliced = before is not None
+    flags = [(param, param.requires_grad, param.grad) for param in model.parameters()]
+    try:
+        if before is None or not _is_sliced_so(model, places):
+            _check_whole(model)
+            refresh(model)
+            leaves = [_leaves(place) for place in places]  # what may fail for want of memory, before anything changes
+            _restore(model)
+            before = {name: param.requires_grad for name, param in model.named_parameters()}
+            for place, made in zip(places, leaves, strict=True):
+                _slice(place, made)
+        model.__dict__[_BEFORE] = before
+        remember(model, heads, rest)
+        bound = heads.bind(model, rest=rest, layout=layout)
+        trained = {id(part.param) for part in bound.params}
+        for param in model.parameters():
+            if param.is_floating_point():
+                param.requires_grad_(id(param) in trained)
+                if not param.requires_grad:
+                    param.grad = None  # clip_grad_norm_ would count it
+    except BaseException:
+        _undo(model, flags, sliced, before, known)
+        raise
     return bound
+
+
+def _undo(model: nn.Module, flags: list[tuple], sliced: bool, before: dict[str, bool] | None,
+          known: tuple[HeadSelection, str] | None) -> None:
+    """After an error on the way: the model is what it was, or a plain model where it was sliced in another way."""
+    if not sliced or [id(param) for param, _, _ in flags] != [id(param) for param in model.parameters()]:
+        model.__dict__[_BEFORE] = before or {}
+        _restore(model)
+        if sliced:
+            return forget(model)
+    for param, trains, grad in flags:
+        param.requires_grad_(trains)
+        param.grad = grad
+    if known is None:
+        forget(model)
+    else:
+        remember(model, *known)
 
 
 def unslice_heads(model: nn.Module) -> nn.Module:
@@ -81,6 +106,7 @@ def unslice_heads(model: nn.Module) -> nn.Module:
     if _before(model) is None:
         raise ValueError("this model is not sliced")
     _check_whole(model)
+    refresh(model)
     _restore(model)
     return model
 
@@ -95,15 +121,14 @@ def _check_whole(model: nn.Module) -> None:
 
 
 def _restore(model: nn.Module) -> None:
-    """Undo `slice_heads`, whatever of it there is."""
+    """Undo `slice_heads`, whatever of it there is; the weights are current."""
     before = _before(model) or {}
-    for module in [module for module in model.modules() if isinstance(module, Sliced)]:
+    for module in [module for module in model.modules() if "_mirrors" in module.__dict__]:
         for name, mirror in module._mirrors.items():
-            mirror.bring_up()
+            module._parameters.pop(name + SUFFIX, None)
             mirror.weight.requires_grad_(mirror.trained_before)
-            del module._parameters[name + SUFFIX]
+        module.__class__ = getattr(module, "plain_class", type(module))
         del module._mirrors, module._cut
-        module.__class__ = module.plain_class
     for name, param in model.named_parameters():
         if name in before:
             param.requires_grad_(before[name])
@@ -119,7 +144,13 @@ def _before(model: nn.Module) -> dict[str, bool] | None:
     return {} if any(True for _ in mirrors_in(model)) else None
 
 
-def _slice(place: Place) -> None:
+def _leaves(place: Place) -> dict[str, nn.Parameter]:
+    """The trained slices of a projection's parameters, which are current."""
+    return {name: nn.Parameter(Mirror(place.module, name, part.dim, part.ranges, True).cut(part.param))
+            for name, part in place.parts.items()}
+
+
+def _slice(place: Place, leaves: dict[str, nn.Parameter]) -> None:
     module, plain_class = place.module, type(place.module)
     weight, bias = place.parts.get("weight"), place.parts.get("bias")
     product = product_of(plain_class)
@@ -127,13 +158,12 @@ def _slice(place: Place) -> None:
               None if bias is None else bias.ranges)
     mirrors = {name: Mirror(module, name, part.dim, part.ranges, part.param.requires_grad)
                for name, part in place.parts.items()}
-    module.__class__ = sliced_class(plain_class)
     module._cut, module._mirrors = cut, mirrors
+    module.__class__ = sliced_class(plain_class)
     for name, mirror in mirrors.items():
-        leaf = nn.Parameter(mirror.cut(mirror.weight))
-        module.register_parameter(name + SUFFIX, leaf)
+        module.register_parameter(name + SUFFIX, leaves[name])
         mirror.adopt()
-        mirror.written(leaf)
+        mirror.written(leaves[name])
 
 
 def _is_sliced_so(model: nn.Module, places: list[Place]) -> bool:
