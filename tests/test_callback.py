@@ -6,15 +6,13 @@ import warnings
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 import alps_kernels as alps
-from alps_kernels.binding import complement
 from alps_kernels.integrations import callback as one_run
 from alps_kernels.integrations import wrapped
 
-from . import real_models
-from .trainer_cases import adamw, arguments, assert_only_moved, assert_same, data, model, some_heads, trainer
+from .trainer_cases import adamw, assert_only_moved, assert_same, data, model, some_heads, trainer
 
 pytestmark = [pytest.mark.filterwarnings("error::DeprecationWarning"), pytest.mark.filterwarnings("error::FutureWarning")]
 WARM = 3
@@ -268,30 +266,3 @@ def test_the_optimizer_follows_a_narrower_state_before_its_first_step_alone():
     with pytest.raises(ValueError, match="another selection"):
         narrower.load_state_dict(saved)
     assert_same(narrower.state_dict(), before)
-
-
-@pytest.mark.real
-def test_smollm2_in_one_run_and_resumed(tmp_path):
-    """The first 4 of SmolLM2's layers in bfloat16: 4 of 36 heads after two steps."""
-    from transformers import AutoModelForCausalLM
-
-    folder = real_models.smollm2()
-
-    def made_of(resume=None):
-        of = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, num_hidden_layers=4)
-        made = Trainer(of, arguments(tmp_path, max_steps=4, save_steps=1, learning_rate=1e-4, warmup_steps=0), train_dataset=data())
-        callback = alps.AlpsCallback(0.10, 2)
-        alps.use_heads(made, callback)
-        before = copy.deepcopy(of)
-        made.train(resume_from_checkpoint=resume)
-        return made, before, callback
-
-    whole, before, callback = made_of()
-    assert len(callback.heads) == 4
-    bound = callback.heads.bind(whole.model)
-    outside = {part.name: complement(part.ranges, part.extent) for part in bound.params}
-    for (name, now), then in zip(whole.model.named_parameters(), before.parameters(), strict=True):
-        for start, stop in outside.get(name, ((0, now.shape[0]),)):
-            assert torch.equal(now[start:stop], then[start:stop]), name
-    for step in (1, 3):
-        assert_same(made_of(str(tmp_path / f"checkpoint-{step}"))[0].model, whole.model)
