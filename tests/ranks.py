@@ -56,4 +56,5 @@ def _rank(rank, world, checks, folder, meeting, patience):
         except BaseException:  # the traceback is the report
             problems = [traceback.format_exc()]
         (folder / f"{name}.{world}.{rank}.json").write_text(json.dumps(problems))
-    dist.destroy_process_group()
+    if dist.is_initialized():  # else a check ended the group itself
+        dist.destroy_process_group()
