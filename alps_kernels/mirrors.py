@@ -39,7 +39,7 @@ class Mirror:
     def __init__(self, module: nn.Module, name: str, dim: int, ranges: tuple[tuple[int, int], ...],
                  trained_before: bool) -> None:
         self.module, self.name, self.dim, self.ranges, self.trained_before = module, name, dim, ranges, trained_before
-        self.always = False  # compiled code and replayed graphs change the leaf unseen
+        self.always = False  # a CUDA graph that is replayed changes both unseen
         self._forget()
 
     def _forget(self) -> None:

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from .mirrors import SUFFIX, Mirror
 from .ops.head_grad import head_grad, selected
+from .ops.weight_slices import input_grad, write_slices
 from .placement import is_sharded, local, share_of
 
 Ranges = tuple[tuple[int, int], ...]
-
 
 # Where a forward is defined that a sliced projection repeats, and how it multiplies.
 PRODUCTS = {("torch.nn.modules.linear", "Linear"): "linear", ("transformers.pytorch_utils", "Conv1D"): "addmm",
@@ -47,39 +47,6 @@ class Cut(NamedTuple):
     def dim(self) -> int:
         """The axis of the weight as stored that is cut."""
         return int(self.outputs == self.transposed)
-
-
-@torch.library.custom_op("alps_kernels::write_slices", mutates_args=("weight",))
-def write_slices(weight: Tensor, leaf: Tensor, starts: list[int], stops: list[int], dim: int) -> None:
-    """The leaf into its ranges of the weight; one opaque op, so that a compiler copies no whole weight for it."""
-    sizes = [stop - start for start, stop in zip(starts, stops, strict=True)]
-    for start, part in zip(starts, leaf.split(sizes, dim), strict=True):
-        weight.narrow(dim, start, part.shape[dim]).copy_(part)
-
-
-@write_slices.register_fake
-def _(weight: Tensor, leaf: Tensor, starts: list[int], stops: list[int], dim: int) -> None:
-    return None
-
-
-@torch.library.custom_op("alps_kernels::input_grad", mutates_args=())
-def input_grad(dy: Tensor, weight: Tensor, leaf: Tensor, starts: list[int], stops: list[int], dim: int,
-               transposed: bool) -> Tensor:
-    """dX = dY W in compiled code, of the weight with the leaf in it.
-
-    FSDP2 fills the weight anew between forward and backward. What is written here is what forward
-    wrote, so no other reader can tell; said to be a mutation, it would cost a copy of the weight.
-    """
-    with torch.autograd._unsafe_preserve_version_counter(weight):
-        torch.ops.alps_kernels.write_slices(weight, leaf, starts, stops, dim)
-    full = weight.to(dy.dtype)
-    return dy.mm(full.t() if transposed else full)
-
-
-@input_grad.register_fake
-def _(dy: Tensor, weight: Tensor, leaf: Tensor, starts: list[int], stops: list[int], dim: int,
-      transposed: bool) -> Tensor:
-    return dy.new_empty(dy.shape[0], weight.shape[0 if transposed else 1])
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, product: str) -> Tensor:
@@ -184,11 +151,13 @@ class Sliced(nn.Module):
         return plain(x, weight, bias, self._cut.product)
 
     def _refresh(self, full: dict[str, Tensor], leaves: dict[str, Tensor]) -> None:
-        """The full parameters become current: by a look at the mirrors, or always where Python does not run again."""
+        """The full parameters become current: by a look at the mirrors; in compiled code always.
+
+        There the op marks the weight as changed at every call, so that eager code looks again, too.
+        """
         for name, mirror in self._mirrors.items():
             if torch.compiler.is_compiling():
                 write_slices(full[name], leaves[name], *_edges(mirror.ranges), mirror.dim)
-                mirror.always = True
             else:
                 mirror.refresh(full[name], leaves[name])
 

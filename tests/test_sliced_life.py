@@ -66,6 +66,17 @@ def test_requires_grad_comes_back_as_it_was_and_not_as_all_true():
     assert {name: param.requires_grad for name, param in plain.named_parameters()} == before
 
 
+def test_requires_grad_and_weights_after_a_silent_change():
+    _, _, sliced, bound = trained()
+    for part in bound.params:
+        part.param.data += 0.1  # leaves no trace
+    leaves = {name: mirror.leaf.detach().clone() for name, mirror in mirrors_in(sliced)}
+    parts = dict(mirrors_in(sliced))
+    alps.unslice_heads(sliced)
+    for name, param in sliced.named_parameters():
+        assert param.requires_grad and (name not in leaves or torch.equal(parts[name].cut(param), leaves[name]))
+
+
 def test_the_state_dict_is_the_plain_models():
     plain, _, sliced, bound = trained()
     for part in bound.params:
@@ -149,6 +160,17 @@ def test_moves_keep_leaf_and_weight_together():
         assert mirror.writable(mirror.leaf) and mirror_of(mirror.leaf) is mirror and leaf_of(mirror.weight) is mirror.leaf
 
 
+def test_conversions_that_replace_parameters_are_followed():
+    _, heads, sliced, _ = trained()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        sliced.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert all(mirror.writable(mirror.leaf) and mirror_of(mirror.leaf) is mirror for _, mirror in mirrors_in(sliced))
+    assert loss_of(sliced).isfinite() and all(p.param.dtype == torch.float64 for p in heads.bind(sliced).params)
+
+
 def test_a_model_on_the_meta_device_is_sliced_and_then_filled():
     full = tiny("qwen2")
     heads = some_heads(full)
@@ -170,6 +192,7 @@ def test_a_model_on_the_meta_device_is_sliced_and_then_filled():
         bound = heads.bind(model)
         loss_of(model).backward()
         assert all(part.param.grad is not None for part in bound.params) and agree(model)
+        assert all(mirror.writable(mirror.leaf) and mirror_of(mirror.leaf) is mirror for _, mirror in mirrors_in(model))
 
 
 def test_checkpoints_of_transformers_are_ordinary(tmp_path):

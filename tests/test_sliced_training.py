@@ -63,7 +63,7 @@ def no_recompilation():
 
 
 @pytest.mark.parametrize("model_type, backend", [
-    ("qwen2", "eager"), ("qwen2", "aot_eager"), ("gpt2", "aot_eager"), ("qwen2", "inductor")])
+    ("qwen2", "aot_eager"), ("gpt2", "aot_eager"), ("qwen2", "inductor")])
 def test_compiled_training_is_eager_training(model_type, backend, no_recompilation):
     dtype = torch.float32 if backend == "inductor" else torch.float64
     _, heads, model, bound = pair(model_type, dtype)
@@ -88,12 +88,14 @@ def test_compiled_training_is_eager_training(model_type, backend, no_recompilati
     assert torch.equal(loss_of(other, 5), loss_of(copy.deepcopy(other), 5))
 
 
-def test_eager_code_beside_compiled_code_sees_its_steps():
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_eager_code_beside_compiled_code_sees_its_steps(backend):
     """The compiled backward leaves no trace on the mirror, and a step by hand none on the leaf."""
     _, selection, model = toy()
     bound = alps.slice_heads(model, selection, layout=model.layout())
     x = torch.randn(5, 10, dtype=torch.float64)
-    compiled(model, "aot_eager")(x).square().sum().backward()
+    model(x)
+    compiled(model, backend)(x).square().sum().backward()
     for part in bound.params:
         part.param.data -= 0.1 * part.param.grad
         part.param.grad = None
