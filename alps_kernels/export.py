@@ -15,7 +15,7 @@ from .files import new_folder, write_json
 from .patch_checkpoint import CheckpointSource, apply_to_checkpoint, sparse_updates
 from .patch_file import HeadPatch
 from .patch_make import check_fits
-from .patch_source import ModelSource, Source
+from .patch_source import ModelSource, Source, canonical
 from .slices_file import Cut
 
 
@@ -54,7 +54,7 @@ class LoraExport:
 
 
 def export_lora(patch: HeadPatch | str | os.PathLike, base: nn.Module | str | os.PathLike, folder: str | os.PathLike, *,
-                rank: int | None = None) -> LoraExport:
+                rank: int | None = None, config: Any = None) -> LoraExport:
     """Write the patch as a PEFT LoRA adapter of `base`.
 
     Where all differing rows of a projection are kept, B is one-hot and A holds the differences
@@ -69,6 +69,7 @@ def export_lora(patch: HeadPatch | str | os.PathLike, base: nn.Module | str | os
         folder: new; adapter_config.json and adapter_model.safetensors.
         rank: the largest rank; a projection whose differences need more gets the best
             approximation of that rank (SVD), whose error is stated. None: as much as is exact.
+        config: used instead of a folder's config.json.
 
     Raises:
         ValueError: the patch does not fit, or a slice is of something PEFT's LoRA has no form for.
@@ -77,7 +78,7 @@ def export_lora(patch: HeadPatch | str | os.PathLike, base: nn.Module | str | os
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is {rank!r}; expected a whole number from 1")
     patch = _loaded(patch)
-    source = ModelSource(base) if isinstance(base, nn.Module) else CheckpointSource(base)
+    source = ModelSource(base) if isinstance(base, nn.Module) else CheckpointSource(base, config)
     check_fits(patch, source)
     weights, biases = _by_module(patch, source)
     tensors, modules = {}, {}
@@ -92,26 +93,29 @@ def export_lora(patch: HeadPatch | str | os.PathLike, base: nn.Module | str | os
             if name in biases:
                 _delta(patch, source, biases[name], bias)
             tensors[f"base_model.model.{name}.lora_B.bias"] = bias
-    config = _adapter_config(patch, source, modules, bool(biases))
+    described = _adapter_config(source, modules, bool(biases))
     from safetensors.torch import save_file
 
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-        write_json(temporary / "adapter_config.json", config)
+        write_json(temporary / "adapter_config.json", described)
     return LoraExport(modules, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def export_merged(patches: HeadPatch | str | os.PathLike | Sequence[HeadPatch | str | os.PathLike],
-                  base: str | os.PathLike, folder: str | os.PathLike, *, keep_originals: bool = False) -> None:
+                  base: str | os.PathLike, folder: str | os.PathLike, *, keep_originals: bool = False,
+                  config: Any = None) -> None:
     """Write the base's checkpoint folder with the patches in it: exact, every other byte copied.
 
     Raises: as `patch_checkpoint.apply_to_checkpoint`.
     """
     several = [patches] if isinstance(patches, (str, os.PathLike, HeadPatch)) else patches
-    apply_to_checkpoint(base, [_loaded(patch) for patch in several], folder, keep_originals=keep_originals)
+    apply_to_checkpoint(base, [_loaded(patch) for patch in several], folder, keep_originals=keep_originals,
+                        config=config)
 
 
-def export_sparse(patch: HeadPatch | str | os.PathLike, base: str | os.PathLike, folder: str | os.PathLike) -> dict[str, Any]:
+def export_sparse(patch: HeadPatch | str | os.PathLike, base: str | os.PathLike, folder: str | os.PathLike, *,
+                  config: Any = None) -> dict[str, Any]:
     """Write the patch as an update of the base's checkpoint, by the names of its tensors.
 
     The new folder holds sparse_update.safetensors (under each tensor's stored name its new rows or
@@ -125,7 +129,7 @@ def export_sparse(patch: HeadPatch | str | os.PathLike, base: str | os.PathLike,
         ValueError: the patch does not fit, or transformers converts a tensor while loading.
         FileExistsError: the folder is there already.
     """
-    patch, source = _loaded(patch), CheckpointSource(base)
+    patch, source = _loaded(patch), CheckpointSource(base, config)
     check_fits(patch, source)
     update, _ = sparse_updates(source, [patch])
     with new_folder(folder) as temporary:
@@ -142,9 +146,13 @@ def _model(source: Source) -> nn.Module:
     return source.model if isinstance(source, ModelSource) else source.weights.model
 
 
+def _module(source: Source, name: str) -> nn.Module:
+    return next(module for key, module in _model(source).named_modules() if canonical(key) == name)
+
+
 def _transposed(source: Source, name: str) -> bool:
     """The projection stores its weight [in, out] (transformers' Conv1D)."""
-    return _is_conv1d(_model(source).get_submodule(name))
+    return _is_conv1d(_module(source, name))
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -160,11 +168,13 @@ def _by_module(patch: HeadPatch, source: Source) -> tuple[dict[str, str], dict[s
     weights, biases = {}, {}
     for key in patch.cuts:
         name, _, kind = key.rpartition(".")
-        module = _model(source).get_submodule(name)
+        module = _module(source, name)
         if kind not in ("weight", "bias") or not (isinstance(module, nn.Linear) or _is_conv1d(module)):
             raise ValueError(f"{key} of patch {patch.name!r} is held by a {type(module).__name__}, for which PEFT's LoRA has "
                              "no form; export it merged instead")
         (weights if kind == "weight" else biases)[name] = key
+    if not weights:
+        raise ValueError(f"patch {patch.name!r} holds no weights, so there is no LoRA of it")
     if lone := sorted(set(biases) - set(weights)):
         raise ValueError(f"patch {patch.name!r} changes the bias of {lone[0]} and not its weight, for which LoRA has no form")
     return weights, biases
@@ -203,15 +213,15 @@ def _factors(patch: HeadPatch, source: Source, key: str, rank: int | None) -> tu
     return (spread, far, made) if cut.dim == 0 else (far.t(), spread.t(), made)
 
 
-def _adapter_config(patch: HeadPatch, source: Source, modules: dict[str, LoraModule], biased: bool) -> dict[str, Any]:
+def _adapter_config(source: Source, modules: dict[str, LoraModule], biased: bool) -> dict[str, Any]:
     ranks = {re.escape(name): module.rank for name, module in modules.items()}
-    largest = max(ranks.values(), default=1)
+    largest = max(ranks.values())
     kind = source.architecture
     task = ("SEQ_2_SEQ_LM" if "ConditionalGeneration" in kind or "Seq2Seq" in kind else
             "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None)
     return {
         "peft_type": "LORA", "task_type": task, "inference_mode": True,
-        "base_model_name_or_path": getattr(_model(source).config, "name_or_path", "") or str(getattr(source, "path", "")) or None,
+        "base_model_name_or_path": getattr(getattr(_model(source), "config", None), "name_or_path", "") or str(getattr(source, "path", "")) or None,
         "r": largest, "lora_alpha": largest, "rank_pattern": ranks, "alpha_pattern": ranks,
         "target_modules": sorted(modules), "fan_in_fan_out": any(_transposed(source, name) for name in modules),
         "bias": "none", "lora_bias": biased, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,

@@ -273,7 +273,8 @@ def _write(source: ModelSource, name: str, cut: Cut, values: Tensor) -> None:
     from .mirrors import leaf_of, mirror_of
 
     param = source.params[name]
-    cut.put(values, param.detach())
+    with torch.inference_mode(param.is_inference()):  # a model that was loaded in inference mode is writable only there
+        cut.put(values, param.detach())
     if (leaf := leaf_of(param)) is not None:
         mirror = mirror_of(leaf)
         with torch.no_grad():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +27,15 @@ from .slices_file import Cut, digest, dtype_name, raw
 from .sparse import SparseUpdate
 
 KEPT = "alps_patch"  # the folder in a patched checkpoint that holds what revert puts back
+# Files of tensors in a checkpoint folder that hold no weights: what Trainer saves beside them.
+STATE = ("optimizer", "scheduler", "rng_state", "training_args", "scaler")
 
 
 class CheckpointSource:
     """A checkpoint folder as a `patch_source.Source`.
+
+    Args:
+        config: used instead of the folder's config.json: a path, dict or PretrainedConfig.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -36,8 +43,8 @@ class CheckpointSource:
         LayoutError: its heads cannot be located.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        weights = open_checkpoint(path)
+    def __init__(self, path: str | os.PathLike, config: Any = None) -> None:
+        weights = open_checkpoint(path, config=config)
         if not isinstance(weights, Checkpoint):
             raise ValueError(f"{os.fspath(path)} is a GGUF file; expected a checkpoint folder (convert it with "
                              "transformers' from_pretrained and save_pretrained)")
@@ -56,26 +63,35 @@ class CheckpointSource:
 
 
 def patch_from_checkpoints(base: str | os.PathLike, tuned: str | os.PathLike, heads: HeadSelection, *, name: str = "patch",
-                           provenance: dict | None = None, allow_outside_changes: bool = False) -> HeadPatch:
-    """The patch that turns one checkpoint into the other, a tensor of each in memory at a time; see `make_patch`."""
-    return make_patch(CheckpointSource(tuned), heads, base=CheckpointSource(base), name=name, provenance=provenance,
-                      allow_outside_changes=allow_outside_changes)
+                           provenance: dict | None = None, allow_outside_changes: bool = False,
+                           config: Any = None) -> HeadPatch:
+    """The patch that turns one checkpoint into the other, a few tensors of each in memory at a time; see `make_patch`.
+
+    Args:
+        config: of both, where their folders have none.
+    """
+    return make_patch(CheckpointSource(tuned, config), heads, base=CheckpointSource(base, config), name=name,
+                      provenance=provenance, allow_outside_changes=allow_outside_changes)
 
 
 def apply_to_checkpoint(checkpoint: str | os.PathLike, patches: Sequence[HeadPatch], out: str | os.PathLike, *,
-                        keep_originals: bool = True, verify: bool = True) -> None:
-    """Write the checkpoint with the patches in it to a new folder, everything else copied byte for byte.
+                        keep_originals: bool = True, verify: bool = True, config: Any = None) -> None:
+    """Write the checkpoint with the patches in it to a new folder, everything else copied.
+
+    Of safetensors files every other byte is the same; files of pickled tensors that hold patched
+    ones are written anew, with every other tensor the same.
 
     Args:
         patches: of this very checkpoint, on separate heads.
         out: the new folder; it appears whole or not at all.
         keep_originals: put the replaced slices in it too, for `revert_checkpoint`.
+        config: used instead of the folder's config.json.
 
     Raises:
         ValueError: a patch does not fit, or two change the same slices; nothing is written.
         FileExistsError: `out` is there already.
     """
-    source = CheckpointSource(checkpoint)
+    source = CheckpointSource(checkpoint, config)
     for at, patch in enumerate(patches):
         for other in patches[:at]:
             check_apart(source, other, patch)
@@ -152,6 +168,12 @@ def _write_folder(checkpoint: Path, update: SparseUpdate, out: str | os.PathLike
     files, by_file = TensorFiles(checkpoint).files, defaultdict(list)
     for key in update.cuts:
         by_file[files[key].name].append(key)
+    used = {file.name for file in files.values()}
+    if others := sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*")
+                        if file.suffix in (".safetensors", ".gguf", *PICKLES) and file.name not in used
+                        and KEPT not in file.parts and not file.name.startswith(STATE)):
+        warnings.warn(f"{checkpoint} also holds {first_of(others)}, copied as it is: if those are weights of the model, "
+                      "they are without the patch", stacklevel=3)
     with new_folder(out) as folder:
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
         for name, keys in by_file.items():

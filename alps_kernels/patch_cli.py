@@ -12,6 +12,7 @@ patch_app = typer.Typer(no_args_is_help=True, help="Head patches: the tuned slic
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="The new folder; it appears whole or not at all.")]
+Config = Annotated[Optional[Path], typer.Option(help="config.json, where the checkpoint has none.")]
 PatchFile = Annotated[Path, typer.Argument(help="A patch (.safetensors) that `alps patch make` or save_patch wrote.")]
 
 
@@ -22,13 +23,15 @@ def make(
     heads: Annotated[Path, typer.Option(help="The heads that were tuned (.json of alps score --heads).")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The patch to write (.safetensors).")],
     allow_outside_changes: Annotated[bool, typer.Option(help="Leave out what changed outside the heads instead of refusing.")] = False,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Write the slices in which TUNED differs from BASE; refused where something else differs too."""
     from .patch_checkpoint import patch_from_checkpoints
     from .selection import HeadSelection
 
-    patch = patch_from_checkpoints(base, tuned, HeadSelection.load(heads), name=output.stem, allow_outside_changes=allow_outside_changes,
+    patch = patch_from_checkpoints(base, tuned, HeadSelection.load(heads), name=output.stem, config=config,
+                                   allow_outside_changes=allow_outside_changes,
                                    provenance={"base": base.resolve().name, "tuned": tuned.resolve().name, "heads": heads.name})
     patch.save(output)
     left_out = (patch.provenance or {}).get("left_out", [])
@@ -47,14 +50,15 @@ def apply(
     patches: Annotated[list[Path], typer.Argument(help="One patch, or several on separate heads.")],
     out: Out,
     originals: Annotated[bool, typer.Option(help="Keep what is replaced in the new folder, for `alps patch revert`.")] = True,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Write a copy of CHECKPOINT with patches in it, every other byte the same."""
+    """Write a copy of CHECKPOINT with patches in it, everything else the same."""
     from .patch_checkpoint import apply_to_checkpoint
     from .patch_file import HeadPatch
 
     loaded = [HeadPatch.load(path) for path in patches]
-    apply_to_checkpoint(checkpoint, loaded, out, keep_originals=originals)
+    apply_to_checkpoint(checkpoint, loaded, out, keep_originals=originals, config=config)
     _wrote(out, {"patches": [_described(patch) for patch in loaded]}, as_json)
 
 
@@ -65,7 +69,7 @@ def revert(
     originals: Annotated[Optional[Path], typer.Option(help="What to put back; default: the latest that the folder keeps.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a copy of CHECKPOINT with the latest patch taken out, byte for byte what it was before."""
+    """Write a copy of CHECKPOINT with the latest patch taken out, everything what it was before."""
     from .patch_checkpoint import revert_checkpoint
 
     revert_checkpoint(checkpoint, out, originals)
@@ -76,6 +80,7 @@ def revert(
 def info(
     patch: PatchFile,
     check: Annotated[Optional[Path], typer.Option(help="A checkpoint folder: see whether the patch fits it.")] = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Print what a patch holds; every value is checked against its digest."""
@@ -86,7 +91,7 @@ def info(
         from .patch_checkpoint import CheckpointSource
         from .patch_make import check_fits
 
-        check_fits(loaded, CheckpointSource(check))
+        check_fits(loaded, CheckpointSource(check, config))
     if as_json:
         typer.echo(json.dumps({**_described(loaded), "file_bytes": patch.stat().st_size}))
         return
@@ -117,6 +122,7 @@ def export(
     merged: Annotated[bool, typer.Option("--merged", help="The whole checkpoint with the patch in it.")] = False,
     sparse: Annotated[bool, typer.Option("--sparse", help="New rows and columns by the checkpoint's names.")] = False,
     rank: Annotated[Optional[int], typer.Option(help="Largest LoRA rank; default: as much as is exact.")] = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Write PATCH in a form that others take: one of --lora, --merged, --sparse."""
@@ -127,14 +133,14 @@ def export(
     if rank is not None and not lora:
         raise ValueError("--rank goes with --lora")
     if lora:
-        made = exports.export_lora(patch, base, out, rank=rank)
+        made = exports.export_lora(patch, base, out, rank=rank, config=config)
         _wrote(out, {"modules": {name: vars(module) for name, module in made.modules.items()}, "error": made.error,
                      "bytes": made.nbytes}, as_json, str(made))
     elif merged:
-        exports.export_merged(patch, base, out)
+        exports.export_merged(patch, base, out, config=config)
         _wrote(out, {}, as_json)
     else:
-        index = exports.export_sparse(patch, base, out)
+        index = exports.export_sparse(patch, base, out, config=config)
         _wrote(out, {"tensors": sorted(index["tensors"])}, as_json, f"{len(index['tensors'])} tensors of the checkpoint change")
 
 

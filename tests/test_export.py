@@ -167,6 +167,8 @@ def test_lora_is_refused(tmp_path):
         export_lora(patch, base, tmp_path / "there")
     with pytest.raises(ValueError, match="does not fit"):
         export_lora(patch, build(dtype=torch.bfloat16), tmp_path / "lora")
+    with pytest.raises(ValueError, match="holds no weights"):
+        export_lora(save_patch(base, tmp_path / "e.safetensors", pick(base, ())), base, tmp_path / "lora")
     torch.manual_seed(0)
     xlnet = XLNetLMHeadModel(XLNetConfig(vocab_size=32, d_model=24, n_layer=2, n_head=4, d_inner=16))
     other = save_patch(tune(xlnet, pick(xlnet)), tmp_path / "x.safetensors", base=xlnet)

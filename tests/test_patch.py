@@ -181,6 +181,24 @@ def test_training_a_sliced_model_after_a_patch(tmp_path):
     assert any(not torch.equal(moved[key], value) for key, value in sliced.values.items())
 
 
+def test_a_model_of_inference_mode(tmp_path):
+    base = build()
+    tuned = tune(base, pick(base))
+    save_patch(tuned, tmp_path / "p.safetensors", base=base)
+    with torch.inference_mode():
+        model = build()
+    before = snapshot(model)
+    apply_patch(model, tmp_path / "p.safetensors")
+    assert same_bytes(model, snapshot(tuned))
+    revert_patch(model)
+    assert same_bytes(model, before)
+    with torch.inference_mode():
+        apply_patch(base, tmp_path / "p.safetensors")
+        assert same_bytes(base, snapshot(tuned))
+    revert_patch(base)
+    assert same_bytes(base, before)
+
+
 # -- several patches -------------------------------------------------------------------------
 
 

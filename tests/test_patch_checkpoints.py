@@ -320,3 +320,29 @@ def test_a_mistake_costs_a_line_not_a_traceback(folders, arguments, message, mon
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and message in " ".join(said.split()) and "Traceback" not in said
     assert sorted(os.listdir(root)) == there
+
+
+def test_a_config_beside_the_checkpoint(folders):
+    base, tuned, heads, root = folders
+    for name in ("base", "tuned"):
+        (root / name / "config.json").rename(root / f"{name}.json")
+    with pytest.raises(ValueError, match="has no config.json"):
+        patch_from_checkpoints(root / "base", root / "tuned", heads)
+    more = ("--config", root / "base.json")
+    invoke("make", root / "base", root / "tuned", "--heads", root / "heads.json", "-o", root / "p.safetensors", *more)
+    invoke("info", root / "p.safetensors", "--check", root / "base", *more)
+    invoke("apply", root / "base", root / "p.safetensors", "-o", root / "out", *more)
+    for form in ("lora", "merged", "sparse"):
+        invoke("export", root / "p.safetensors", f"--{form}", "--base", root / "base", "-o", root / form, *more)
+    shutil.copy(root / "base.json", root / "out" / "config.json")
+    assert same_bytes(AutoModelForCausalLM.from_pretrained(root / "out", dtype="auto"), snapshot(tuned))
+
+
+def test_other_weights_in_the_folder_are_told(folders):
+    _, _, heads, root = folders
+    made = patch_from_checkpoints(root / "base", root / "tuned", heads)
+    (root / "base" / "optimizer.pt").touch()
+    (root / "base" / "original").mkdir()
+    (root / "base" / "original" / "consolidated.00.pth").touch()
+    with pytest.warns(UserWarning, match="also holds original/consolidated.00.pth, copied as it is"):
+        apply_to_checkpoint(root / "base", [made], root / "out")
