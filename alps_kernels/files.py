@@ -19,19 +19,22 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary file beside `path` that becomes `path` in one step if the block ends well.
 
     Raises:
-        OSError: the folder is missing or not writable, or the disk is full; `path` is untouched.
+        OSError: the folder is missing or not writable, or the disk is full; it names `path`, which is untouched.
     """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    path, temporary = Path(path), None
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
+        os.close(handle)
         yield temporary
         sync(temporary)
         temporary.chmod(0o666 & ~_mask())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
         raise
 
 
