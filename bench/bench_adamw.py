@@ -12,58 +12,24 @@ weight's size (param read and written, grad read) plus twice the state that the 
 
 from __future__ import annotations
 
-import argparse
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from alps_kernels.binding import BoundParam, BoundSelection, merge
+from alps_kernels.binding import BoundSelection
 from alps_kernels.optimizer import HeadAdamW
-from alps_kernels.selection import HeadSelection
-from bench.common import copy_bandwidth, gate, table, write_rows
+from bench.attention import DEVICE, Selected, attention, bound_to, masks_of, sweep
+from bench.common import gate
 from bench.counting import state_bytes
 from bench.race import Entry, race, rows_of
 from bench.rivals import OPTIONS, RIVALS, rival
-from bench.shapes import RATIOS, SHAPES, Shape, heads_of
+from bench.shapes import Shape
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = "HeadAdamW"
-PRECISIONS = ({"master": "split"}, {"master": "stochastic"}, {"master": None})
-
-
-def attention(shape: Shape, n_layers: int, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Random q, k, v [heads or groups * head_dim, hidden] and o [hidden, heads * head_dim], with gradients."""
-    generator, params = torch.Generator(DEVICE).manual_seed(0), {}
-    q, kv = shape.heads * shape.head_dim, shape.groups * shape.head_dim
-    for layer in range(n_layers):
-        for part, size in (("q", (q, shape.hidden)), ("k", (kv, shape.hidden)), ("v", (kv, shape.hidden)), ("o", (shape.hidden, q))):
-            param = nn.Parameter((0.02 * torch.randn(size, generator=generator, device=DEVICE)).to(dtype))
-            param.grad = (1e-3 * torch.randn(size, generator=generator, device=DEVICE)).to(dtype)
-            params[f"{layer}.{part}"] = param
-    return params
-
-
-def bound_to(shape: Shape, params: dict[str, nn.Parameter], heads: list[tuple[int, int]]) -> BoundSelection:
-    """The selected heads' rows of q, their groups' rows of k and v, their columns of o."""
-    ranges, size, per_group = defaultdict(list), shape.head_dim, shape.heads // shape.groups
-    for layer, head in heads:
-        for part, index in (("q", head), ("k", head // per_group), ("v", head // per_group), ("o", head)):
-            if f"{layer}.{part}" in params:
-                ranges[f"{layer}.{part}"].append((index * size, (index + 1) * size))
-    parts = (BoundParam(name, params[name], int(name.endswith("o")), merge(cut)) for name, cut in ranges.items())
-    return BoundSelection(HeadSelection([], []), tuple(parts), "frozen", None)
-
-
-def masks_of(params: dict[str, nn.Parameter], bound: BoundSelection) -> dict[str, torch.Tensor]:
-    masks = {name: torch.zeros_like(p) for name, p in params.items()}
-    for part in bound.params:
-        for block in part.blocks(masks[part.name]):
-            block.fill_(1.0)
-    return masks
+# The default first: split masters of 16-bit weights and float32 moments. float32 weights have no masters.
+PRECISIONS = ({}, {"master": "stochastic"}, {"master": None}, {"moment_dtype": torch.bfloat16})
 
 
 def parity() -> None:
@@ -83,7 +49,8 @@ def parity() -> None:
                 for part, cut in zip(bound.params, cuts, strict=True))
     masks = masks_of(params, bound)
     frozen = all(torch.equal(params[n][masks[n] == 0], before[n][masks[n] == 0]) for n in params)
-    gate("the sliced step", worst <= 2 and frozen, f"largest difference {worst:.1f} x 2^-24, frozen bytes {'kept' if frozen else 'MOVED'}")
+    gate("the sliced step", worst <= 2 and frozen,
+         f"largest difference {worst:.1f} x 2^-24, frozen bytes {'kept' if frozen else 'MOVED'}")
 
 
 def ours(params: dict[str, nn.Parameter], bound: BoundSelection, **precision) -> Entry:
@@ -93,7 +60,8 @@ def ours(params: dict[str, nn.Parameter], bound: BoundSelection, **precision) ->
 
 def masked(params: dict[str, nn.Parameter], bound: BoundSelection, kind: str) -> Entry:
     """The gradient times a mask, then torch's AdamW over all attention weights."""
-    optimizer, masks = torch.optim.AdamW(params.values(), **OPTIONS, **{kind: True}), list(masks_of(params, bound).values())
+    optimizer = torch.optim.AdamW(params.values(), **OPTIONS, **{kind: True})
+    masks = list(masks_of(params, bound).values())
 
     def call() -> None:
         torch._foreach_mul_([p.grad for p in params.values()], masks)
@@ -122,9 +90,8 @@ def moved(optimizer: torch.optim.Optimizer, numel: int, size: int, mask: int = 0
 
 def contest(params: dict[str, nn.Parameter], bound: BoundSelection, dtype: torch.dtype) -> dict[str, Callable[[], Entry]]:
     """Ours first, the default precision above all: every ratio refers to it."""
-    half = dtype != torch.float32
-    entries = {OURS if precision["master"] == "split" and len(precision) == 1 else f"{OURS} {describe(precision)}":
-               partial(ours, params, bound, **precision) for precision in PRECISIONS if half or precision["master"] == "split"}
+    kinds = PRECISIONS if dtype != torch.float32 else [kind for kind in PRECISIONS if kind.get("master", "split") == "split"]
+    entries = {f"{OURS} {describe(kind)}".strip(): partial(ours, params, bound, **kind) for kind in kinds}
     entries |= {f"torch AdamW {kind} + mask": partial(masked, params, bound, kind) for kind in ("foreach", "fused")}
     return entries | {f"{name}, dense": partial(dense, name, bound, dtype) for name in RIVALS}
 
@@ -133,35 +100,13 @@ def describe(precision: dict) -> str:
     return ", ".join(f"{key}={str(value).removeprefix('torch.')}" for key, value in precision.items())
 
 
-def run(shape: Shape, n_layers: int, ratio: float, adjacent: bool, dtype: torch.dtype, bandwidth: float, repeats: int) -> list[dict]:
-    params = attention(shape, n_layers, dtype)
-    few = replace(shape, layers=n_layers)
-    bound = bound_to(shape, params, heads_of(few, ratio, adjacent=adjacent))
-    case = (f"{shape.name} q/k/v/o, {n_layers} of {shape.layers} layers, {ratio:.0%} of heads "
-            f"{'adjacent' if adjacent else 'scattered'}, {bound.numel / 1e6:.1f}M elements, {str(dtype)[6:]}")
-    return rows_of(case, race(contest(params, bound, dtype), repeats), bandwidth)
+def run(case: Selected, bandwidth: float, repeats: int) -> list[dict]:
+    raced = race(contest(case.params, case.bound, case.dtype), repeats)
+    return rows_of(case.name, raced, bandwidth)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = DEVICE == "cuda"
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["Llama-3.1-8B"] if cuda else ["SmolLM2-135M"])
-    parser.add_argument("--ratio", nargs="+", type=float, default=RATIOS)
-    parser.add_argument("--layers", type=int, help="default: all on a GPU and of SmolLM2, else 4")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args(argv)
-    parity()
-    bandwidth = copy_bandwidth()
-    for shape in map(SHAPES.get, args.shape):
-        n_layers = args.layers or (shape.layers if cuda or shape.hidden < 1000 else 4)
-        for ratio in args.ratio:
-            for adjacent in (False, True) if ratio < 1 else (True,):
-                timed = run(shape, min(n_layers, shape.layers), ratio, adjacent, getattr(torch, args.dtype), bandwidth, args.repeats)
-                print(timed[0]["case"])
-                table(timed, ("rival", "median_ms", "gbps", "share", "ratio", "peak_mib", "launches", "note"))
-                path = write_rows("adamw", timed)
-    print(path)
+    sweep(__doc__, "adamw", run, argv, parity)
 
 
 if __name__ == "__main__":

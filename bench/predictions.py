@@ -10,8 +10,8 @@ TOKENS = 8192
 STEPS = {  # bytes an element; what bench_adamw calls it
     "bf16, fp32 moments": (22, "HeadAdamW master=None", "bfloat16"),
     "bf16, fp32 moments, split master": (26, "HeadAdamW", "bfloat16"),
-    "bf16, bf16 moments, split master": (18, "HeadAdamW master=split, moment_dtype=bfloat16", "bfloat16"),
-    "bf16, 8-bit moments, split master": (14.25, "HeadAdamW master=split, moment_dtype=8bit", "bfloat16"),
+    "bf16, bf16 moments, split master": (18, "HeadAdamW moment_dtype=bfloat16", "bfloat16"),
+    "bf16, 8-bit moments, split master": (14.25, "HeadAdamW moment_dtype=8bit", "bfloat16"),
     "fp32, fp32 moments": (28, "HeadAdamW", "float32"),
 }
 

@@ -11,7 +11,7 @@ from alps_kernels.ops.head_delta import head_delta, head_delta_projection
 from alps_kernels.ops.head_grad import head_grad
 from alps_kernels.optimizer import HeadAdamW
 from bench import bench_grad_norm, bench_step, cases
-from bench.bench_adamw import DEVICE, attention, bound_to
+from bench.attention import DEVICE, attention, bound_to
 from bench.bench_dw import ranges_of
 from bench.bench_score import layer_of
 from bench.rivals import OPTIONS
@@ -55,7 +55,8 @@ def test_score(benchmark, score):
 @pytest.mark.parametrize("adjacent", [True, False], ids=["adjacent", "scattered"])
 def test_grad_norm(benchmark, adjacent, ratio):
     params = attention(SHAPE, SHAPE.layers, torch.float32)
-    run(benchmark, bench_grad_norm.ours(params, bound_to(SHAPE, params, heads_of(SHAPE, ratio, adjacent=adjacent))).call)
+    bound = bound_to(SHAPE, params, heads_of(SHAPE, ratio, adjacent=adjacent))
+    run(benchmark, bench_grad_norm.ours(params, bound).call)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 1.0])
