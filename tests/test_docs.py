@@ -50,7 +50,14 @@ def desk(tmp_path, monkeypatch):
     scores = score_heads("base-checkpoint", "task-checkpoint")
     scores.save("scores.json")
     score_heads("base-checkpoint", "other-checkpoint").save("other.json")
-    scores.top(0.25).save("heads.json")
+    heads = scores.top(0.25)
+    heads.save("heads.json")
+    tuned = LlamaForCausalLM.from_pretrained("base-checkpoint")
+    with torch.no_grad():
+        for part in heads.bind(tuned).params:
+            for block in part.blocks(part.param):
+                block.add_(0.01)
+    tuned.save_pretrained("tuned-checkpoint")
     return tmp_path
 
 
@@ -98,10 +105,15 @@ def test_shell_lines_run(page, desk):
             assert result.exit_code == 0, (words, result.output, result.exception)
         elif words[0] == "make":
             subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
-        elif words[:2] == ["python", "-m"] and words[2] == "bench":
+        elif words[:3] == ["python", "-m", "bench"]:
             from bench.__main__ import NAMES
 
-            assert set(w for w in words[3:] if not w.startswith("-")) <= set(NAMES), words
+            assert {word for word in words[3:] if not word.startswith("-")} <= set(NAMES), words
+        elif words[:3] == ["python", "-m", "bench.study"]:
+            from bench.study.cells import load
+
+            assert words[3] in ("run", "list", "report", "rerun")
+            load(words[words.index("--profile") + 1] if "--profile" in words else "cpu")
         elif words[:2] == ["pip", "install"]:
             extras = re.fullmatch(r"alps-kernels(?:\[(.*)\])?", words[-1]).group(1)
             assert extras is None or set(extras.split(",")) <= set(metadata("alps-kernels").get_all("Provides-Extra")), words
