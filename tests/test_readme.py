@@ -23,24 +23,6 @@ def test_every_public_name_it_uses_exists():
         assert hasattr(alps_kernels.HeadSelection, name), name
 
 
-def test_its_python_blocks_run(tmp_path, monkeypatch):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    monkeypatch.chdir(tmp_path)
-    config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
-    LlamaForCausalLM(config).save_pretrained("base-checkpoint")
-    model = LlamaForCausalLM(config)
-    model.save_pretrained("task-checkpoint")
-    for block in re.findall(r"```python\n(.*?)```", README, re.S):
-        exec(compile(block, "README.md", "exec"), {})
-    added = re.search(r"```diff\n(.*?)```", README, re.S).group(1)
-    lines = [line[2:] for line in added.splitlines() if line.startswith("+ ")]
-    scope = {"alps_kernels": alps_kernels, "torch": torch, "model": model}
-    exec(compile("\n".join(lines), "README.md", "exec"), scope)
-    assert len(scope["heads"]) == 1 and isinstance(scope["optimizer"], alps_kernels.HeadAdamW)
-
-
 def test_the_demo_figures_are_of_the_committed_run():
     results = json.loads((ROOT / "docs" / "demo" / "results.json").read_text())
     for measured in (results["base"], results["task_model"], results["after"]):
