@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .layout import HeadLayout, LayoutError
 from .locate import find_heads
@@ -54,11 +55,8 @@ class ModelSource:
         from .mirrors import mirror_of, refresh
 
         self.model = unwrapped(model)
-        refresh(self.model)
         self.params = {canonical(name): param for name, param in self.model.named_parameters() if mirror_of(param) is None}
         self.names = tuple(self.params)
-        self.layout = _layout(self.model, tuple((name, tuple(param.shape)) for name, param in self.params.items()))
-        self.model_type = self.layout.model_type
         self.architecture = self.name = type(self.model).__name__
         for name, param in self.params.items():
             if ".base_layer." in name:
@@ -66,9 +64,12 @@ class ModelSource:
                                   "merge the adapters first (merge_and_unload)")
             if param.is_meta:
                 raise ValueError(f"{self.name}: {name} is on the meta device and has no values")
-            if hasattr(param, "placements") or param.layout != torch.strided:
-                raise ValueError(f"{self.name}: {name} is a {type(param).__name__}, sharded or packed; expected a plain "
-                                 "tensor (gather the model, or patch its checkpoint)")
+            if param.layout != torch.strided or is_traceable_wrapper_subclass(param):
+                raise ValueError(f"{self.name}: {name} is a {type(param).__name__} ({type(param.data).__name__}), sharded or "
+                                 "packed; expected a plain tensor (gather the model, or patch its checkpoint)")
+        self.layout = _layout(self.model, tuple((name, tuple(param.shape)) for name, param in self.params.items()))
+        self.model_type = self.layout.model_type
+        refresh(self.model)
 
     def facts(self, name: str) -> tuple[tuple[int, ...], str]:
         return tuple(self.params[name].shape), dtype_name(self.params[name].dtype)

@@ -19,6 +19,7 @@ QUICK = {
     "curves": "--layers 3 --steps 6 --batch 4",
     "dw": "--shape SmolLM2-135M --ratio 0.1 --tokens 256 --repeats 3",
     "grad_norm": "--layers 4 --ratio 0.1 --repeats 5",
+    "patch": "--repeats 3",
     "score": "--shape SmolLM2-135M --layers 2",
     "step": "--layers 2 --repeats 3",
     "stream": "--shape SmolLM2-135M --layers 2",

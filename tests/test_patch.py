@@ -423,6 +423,23 @@ def test_adapters_beside_the_weights_are_refused(tmp_path):
         apply_patch(model, tmp_path / "p.safetensors")
 
 
+def test_sharded_weights_are_refused(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = build()
+        heads, mesh = pick(model), init_device_mesh("cpu", (1,))
+        mlp = model.model.layers[0].mlp.up_proj
+        mlp.weight = nn.Parameter(distribute_tensor(mlp.weight.detach(), mesh))
+        with pytest.raises(ValueError, match="layers.0.mlp.up_proj.weight is a .*DTensor.*sharded or packed"):
+            save_patch(model, tmp_path / "p.safetensors", heads)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_model_that_was_cast_since_cannot_be_reverted(three):
     base, _, folder = three
     apply_patch(base, folder / "a.safetensors")
