@@ -20,6 +20,7 @@ QUICK = {
     "dw": "--shape SmolLM2-135M --ratio 0.1 --tokens 256 --repeats 3",
     "grad_norm": "--layers 4 --ratio 0.1 --repeats 5",
     "patch": "--repeats 3",
+    "one_run": "--tiny --steps 8 --warmup 3 --test 16",
     "score": "--shape SmolLM2-135M --layers 2",
     "step": "--layers 2 --repeats 3",
     "stream": "--shape SmolLM2-135M --layers 2",
