@@ -155,6 +155,13 @@ def test_any_head_adamw_will_do_for_a_run_that_does_not_stop(tmp_path):
         saving.train()
 
 
+def test_a_best_model_of_the_warm_up_is_told(tmp_path):
+    changes = {"eval_dataset": data()[:8], "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True,
+               "metric_for_best_model": "eval_loss", "learning_rate": 1.0, "warmup_steps": 0}
+    with pytest.warns(UserWarning, match="that of step [12] of the warm-up"):
+        run(tmp_path, **changes)
+
+
 def test_train_again_begins_again(tmp_path):
     made, callback = run(tmp_path, save_strategy="no")
     first = copy.deepcopy(made.model)
@@ -183,7 +190,7 @@ def pair(**options):
     (lambda f: trainer(model(), f, **pair(temperature=-1.0)), ValueError, "temperature is -1.0"),
     (lambda f: trainer(model(), f, **pair(attention="cross")), ValueError, "no attention called 'cross'"),
     (lambda f: trainer(model(), f, **{**pair(), "optimizer": (alps.HeadAdamW, {"lr": 0.0})}), ValueError,
-     "no attention weight moved in 3 warm-up steps .*learning rate is now 0"),
+     "no head moved in 3 warm-up steps .*learning rate is now 0"),
 ])
 def test_runs_that_cannot_be_are_refused(make, error, message, tmp_path):
     with pytest.raises(error, match=message):
@@ -227,6 +234,8 @@ def test_what_a_resume_needs_is_missed_by_name(tmp_path):
     with pytest.raises(ValueError, match="it is of another run"):
         run(tmp_path, resume=2)
     start.write_bytes(kept)
+    with pytest.raises(ValueError, match="begun with ratio 0.25, AlpsCallback now has 0.5"):
+        run(tmp_path, resume=4, options={"ratio": 0.5})
     spoil(tmp_path / "checkpoint-2" / "trainer_state.json", lambda state: state["stateful_callbacks"].pop("AlpsCallback"))
     with pytest.raises(ValueError, match="step 2 of this run was saved without AlpsCallback"):
         run(tmp_path, resume=2)

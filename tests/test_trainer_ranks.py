@@ -28,6 +28,10 @@ def test_two_ranks(tmp_path):
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert_same(*ranks)
     assert_same(ranks[0]["whole"], ranks[0]["resumed"])
+    state, heads = ranks[0]["two runs"]
+    tuned = model()
+    tuned.load_state_dict(state)
+    assert_only_moved(tuned, model(), alps.HeadSelection(heads, [4, 4]).bind(tuned))
     first = ranks[0]["whole"]
     for name in ("heads", "one run"):
         trained = model()

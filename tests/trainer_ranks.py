@@ -8,7 +8,7 @@ import torch
 
 import alps_kernels as alps
 
-from .trainer_cases import adamw, model, some_heads, trainer
+from .trainer_cases import adamw, arguments, data, model, some_heads, trainer
 
 
 def run(name: str, folder: Path, resume: str | None = None) -> dict:
@@ -25,7 +25,9 @@ def run(name: str, folder: Path, resume: str | None = None) -> dict:
 def main(folder: Path) -> None:
     whole = {name: run(name, folder / name) for name in ("heads", "one run")}
     resumed = {name: run(name, folder / name, "checkpoint-2") for name in whole}
-    torch.save({"whole": whole, "resumed": resumed}, folder / f"rank{os.environ['RANK']}.pt")
+    two = alps.alps_finetune(model(), data(), folder / "two runs", task_share=0.5, ratio=0.125, args=arguments(
+        folder, ddp_backend="gloo", per_device_train_batch_size=2, max_steps=2, save_strategy="no"))
+    torch.save({"whole": whole, "resumed": resumed, "two runs": (two.model.state_dict(), list(two.heads))}, folder / f"rank{os.environ['RANK']}.pt")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -117,6 +118,11 @@ class AlpsCallback(TrainerCallback, ExportableState):
         if not isinstance(told, Mapping) or not isinstance(told.get("attributes", {}).get("saved"), Mapping):
             raise ValueError(f"step {state.global_step} of this run was saved without AlpsCallback: its selection and "
                              "the weights it started from are not known")
+        theirs, ours = told.get("args", {}), json.loads(json.dumps(self.options))
+        for name in ours:
+            if name != "start_device" and theirs.get(name) != ours[name]:
+                raise ValueError(f"this run was begun with {name} {theirs.get(name)!r}, AlpsCallback now has "
+                                 f"{ours[name]!r}")
         self.saved = dict(told["attributes"]["saved"])
         if self.saved["heads"] is not None:
             self.heads = HeadSelection.from_json(self.saved["heads"])
@@ -129,6 +135,12 @@ class AlpsCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **kwargs: Any) -> None:
         if self.heads is None and state.global_step >= self.options["warmup_steps"]:
             self._switch(args, state, model, unwrapped(optimizer))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best = state.best_global_step
+        if self.heads is not None and args.load_best_model_at_end and best and best < self.options["warmup_steps"]:
+            warnings.warn(f"the best model, which was loaded, is that of step {best} of the warm-up: all heads are "
+                          "trained in it", stacklevel=2)
 
     # -- the two halves ----------------------------------------------------------------------
 
@@ -187,11 +199,12 @@ class AlpsCallback(TrainerCallback, ExportableState):
 
     def _switch(self, args: Any, state: Any, model: nn.Module, optimizer: HeadAdamW) -> None:
         options, warm = self.options, optimizer.heads
-        if all(torch.equal(part.param.detach().to(self._start[part.name].device), self._start[part.name])
-               for part in warm.params if part.name in self._start):
-            raise ValueError(f"no attention weight moved in {state.global_step} warm-up steps (the learning rate is "
-                             f"now {optimizer.param_groups[0]['lr']}): there is nothing to score")
-        scores = self._score(model, options["attention"], optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*identical attention weights")
+            scores = self._score(model, options["attention"], optimizer)
+        if not scores.tensor.any():
+            raise ValueError(f"no head moved in {state.global_step} warm-up steps (the learning rate is now "
+                             f"{optimizer.param_groups[0]['lr']}): there is nothing to choose by")
         heads = scores.top(options["ratio"], kv=options["kv"], parts=options["parts"])
         kept = heads.bind(model, rest=options["rest"])
         optimizer.set_heads(kept)

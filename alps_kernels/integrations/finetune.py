@@ -140,8 +140,9 @@ def alps_finetune(
                 run.finish(TASK, _fit_task(model, part, run.folder / TASK, task_args, trainer, trainer_options))
         scores = score_heads(model, task_model, **scoring)
         heads = scores.top(ratio, kv=kv, parts=parts)
-        scores.save(run.folder / SCORES_FILE)
-        heads.save(run.folder / HEADS_FILE)
+        if run.writes:
+            scores.save(run.folder / SCORES_FILE)
+            heads.save(run.folder / HEADS_FILE)
         run.finish("score", {"heads": len(heads), "of": len(scores)})
 
     if run.done(HEADS):
@@ -162,7 +163,6 @@ def _fit_task(base: nn.Module, dataset: Any, folder: Path, args: Any, trainer: t
     made = trainer(model=task, args=_below(args, folder), train_dataset=dataset, optimizer_cls_and_kwargs=optimizer,
                    **options)
     facts = _train(made, folder)
-    made.save_model(str(folder / MODEL))
     del made, task
     gc.collect()  # a Trainer and its model hold each other
     return {**facts, "examples": len(dataset) if isinstance(dataset, Sized) else None}
@@ -177,7 +177,6 @@ def _fit_heads(model: nn.Module, heads: HeadSelection, dataset: Any, folder: Pat
         made = trainer(model=model, args=_below(args, folder), train_dataset=dataset, **options)
         bound = use_heads(made, heads, rest=rest)
         facts = {**_train(made, folder), **trained_share(bound, model)}
-        made.save_model(str(folder / MODEL))
     finally:
         if sliced:
             unslice_heads(model)
@@ -187,6 +186,9 @@ def _fit_heads(model: nn.Module, heads: HeadSelection, dataset: Any, folder: Pat
 def _train(made: Any, folder: Path) -> dict[str, Any]:
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     outcome = made.train(resume_from_checkpoint=last)
+    made.save_model(str(folder / MODEL))
+    if torch.distributed.is_initialized():  # the first rank saves, and all of them read
+        torch.distributed.barrier()
     return {"steps": outcome.global_step, "loss": outcome.training_loss, "resumed_from": last and Path(last).name}
 
 
@@ -223,6 +225,7 @@ class _Run:
 
     def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
         self.folder, self.path = folder, folder / RUN_FILE
+        self.writes = int(os.environ.get("RANK", "0")) == 0  # of several ranks the first
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self.document = read_json(self.path, FORMAT, VERSION)
@@ -236,7 +239,7 @@ class _Run:
         self.document = {"format": FORMAT, "version": VERSION, "recipe": recipe, "stages": {},
                          "versions": {"alps_kernels": __version__, "torch": torch.__version__,
                                       "transformers": version("transformers")}}
-        write_json(self.path, self.document)
+        self._write()
 
     def done(self, stage: str) -> bool:
         return stage in self.document["stages"]
@@ -244,7 +247,11 @@ class _Run:
     def finish(self, stage: str, facts: dict[str, Any]) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.document["stages"][stage] = {**facts, "finished": now}
-        write_json(self.path, self.document)
+        self._write()
+
+    def _write(self) -> None:
+        if self.writes:
+            write_json(self.path, self.document)
 
 
 def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
