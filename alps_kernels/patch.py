@@ -150,11 +150,11 @@ def apply_patch(model: nn.Module, patches: PatchLike | Sequence[PatchLike], *, r
     return tuple(entry.name for entry in applied)
 
 
-def revert_patch(model: nn.Module, which: str | HeadPatch | Sequence[str | HeadPatch] | None = None) -> tuple[str, ...]:
+def revert_patch(model: nn.Module, which: PatchLike | Sequence[PatchLike] | None = None) -> tuple[str, ...]:
     """Take patches out of `model`: every byte they replaced is what it was, whatever happened since.
 
     Args:
-        which: names (or patches) to take out; default: all.
+        which: names, files or patches to take out; default: all.
 
     Returns:
         the names of the patches that are still on the model.
@@ -169,7 +169,7 @@ def revert_patch(model: nn.Module, which: str | HeadPatch | Sequence[str | HeadP
         raise ValueError("no patch is on this model")
     names = {entry.name for entry in state.applied}
     if which is not None:
-        wanted = {p.name if isinstance(p, HeadPatch) else p for p in ([which] if isinstance(which, (str, HeadPatch)) else which)}
+        wanted = {_name(p, names) for p in _several(which)}
         if unknown := sorted(map(repr, wanted - names)):
             raise ValueError(f"no patch called {unknown[0]} is on this model; there is {sorted(names)}")
         names = wanted
@@ -206,6 +206,14 @@ def _several(patches: PatchLike | Sequence[PatchLike]) -> list[PatchLike]:
         if not isinstance(patch, (str, os.PathLike, HeadPatch)):
             raise TypeError(f"a patch is a {type(patch).__name__}; expected a file or a HeadPatch")
     return patches
+
+
+def _name(patch: PatchLike, names: set[str]) -> str:
+    """What a patch is called on a model: its name, or that of its file."""
+    if isinstance(patch, HeadPatch):
+        return patch.name
+    text = os.fspath(patch)
+    return text if text in names else Path(text).stem
 
 
 def _check_apart(source: ModelSource, one: HeadPatch, other: HeadPatch) -> None:

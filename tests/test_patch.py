@@ -199,6 +199,25 @@ def test_a_model_of_inference_mode(tmp_path):
     assert same_bytes(base, before)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("spread", [False, True], ids=["one device", "two devices"])
+def test_on_a_gpu(spread, tmp_path):
+    """A patch made on the CPU fits the same bytes on a GPU, and one made there is the same file."""
+    base = build(dtype=torch.bfloat16)
+    tuned = tune(base, pick(base))
+    save_patch(tuned, tmp_path / "p.safetensors", base=base)
+    model = copy.deepcopy(base)
+    (model.model.layers[1] if spread else model).cuda()
+    before, where = snapshot(model), pointers(model)
+    apply_patch(model, HeadPatch.load(tmp_path / "p.safetensors").to("cuda"))
+    assert same_bytes(copy.deepcopy(model).cpu(), snapshot(tuned)) and pointers(model) == where
+    save_patch(model, tmp_path / "q.safetensors", base=base)
+    assert (tmp_path / "q.safetensors").read_bytes() == (tmp_path / "p.safetensors").read_bytes()
+    revert_patch(model)
+    assert same_bytes(model, before)
+
+
 # -- several patches -------------------------------------------------------------------------
 
 
@@ -305,6 +324,8 @@ def test_names(three):
         revert_patch(base, "z")
     apply_patch(base, HeadPatch.load(folder / "b.safetensors", name="other"))
     assert applied_patches(base) == ("a", "other")
+    assert revert_patch(base, folder / "a.safetensors") == ("other",) == apply_patch(base, [])
+    apply_patch(base, folder / "a.safetensors")
     revert_patch(base)
     with pytest.raises(ValueError, match="no patch is on this model"):
         revert_patch(base)

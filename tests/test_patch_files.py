@@ -282,6 +282,63 @@ def test_damaged_bytes_never_get_in(good, tmp_path, data):
     assert same_bytes(base, before)
 
 
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["float32", Q, "0" * 64]),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+
+
+def places(node, at=()):
+    """The path of every node of a JSON document."""
+    yield at
+    for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from places(child, (*at, key))
+
+
+def with_node(node, at, value):
+    if not at:
+        return value
+    copy = dict(node) if isinstance(node, dict) else list(node)
+    copy[at[0]] = with_node(node[at[0]], at[1:], value)
+    return copy
+
+
+@pytest.mark.fault("Fuzz")
+@pytest.mark.parametrize("where", ["document", "header", "sparse"])
+def test_any_node_of_the_json_may_be_anything(good, where, tmp_path):
+    """any node of a patch's or a sparse update's header replaced by any JSON: refused by the file's name, or harmless"""
+    base, whole = good
+    before, path = snapshot(base), tmp_path / "p.safetensors"
+    if where == "sparse":
+        (tmp_path / "g.safetensors").write_bytes(whole)
+        loaded = HeadPatch.load(tmp_path / "g.safetensors")
+        SparseUpdate(loaded.cuts, loaded.values, loaded.base, {"patches": []}).save(path)
+        whole = path.read_bytes()
+    key = "alps_kernels.sparse" if where == "sparse" else KEY
+    header, body = split(whole)
+    tree = header if where == "header" else json.loads(header["__metadata__"][key])
+    spots = list(places(tree))
+
+    @settings(max_examples=250, deadline=None, derandomize=True)
+    @given(st.sampled_from(spots), JSON)
+    def try_one(at, value):
+        changed = with_node(tree, at, value)
+        if where == "header":
+            data = joined(changed, body)
+        else:
+            data = joined({**header, "__metadata__": {key: json.dumps(changed)}}, body)
+        path.write_bytes(data)
+        try:
+            if where == "sparse":
+                SparseUpdate.load(path)
+            else:
+                apply_patch(base, path)
+                assert alps.revert_patch(base) == ()
+        except ValueError as error:
+            assert "p.safetensors" in str(error) or "'p'" in str(error)
+        assert same_bytes(base, before)
+
+    try_one()
+
+
 def test_what_is_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         HeadPatch.load(tmp_path / "nowhere.safetensors")
