@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from . import device_code, on_device, triton_type
-from .reference_scoring import LARGE, cosine_distance
+from .reference_near import CANCELLED, CONCENTRATED, cosine_distance
 
 BLOCK = 2048  # elements of a tile: 16 for each thread of 4 warps
 ROWS, K_BLOCK = 16, 32  # of a projection's tile; with d_v = 128 a tile is 2,048 elements
 STATS, SCANS, HEADS = 8, 8, 4  # columns of the kernels' tables
-# Where float32 sums of a tile are not enough (measured against long doubles): a sum of exp((b - max b) / tau)
-# below the first means that few weights hold the softmax, so the distributions' difference is all in them;
-# of a vector whose part across is below the second share, the sums leave that part to rounding.
-CONCENTRATED, CANCELLED = 8.0, 0.01
+LARGE = 1.0  # |x| beyond which a weight that dominates leaves a small Z_T to float32 rounding: then float64
 LAUNCHABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 

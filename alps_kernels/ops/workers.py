@@ -1,0 +1,62 @@
+"""Work on the CPU spread over Python threads, each with memory of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from math import prod
+from threading import local
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+MOST = 8  # Python threads: the interpreter's lock feeds no more; beyond it each is given several of torch's
+Job, Result = TypeVar("Job"), TypeVar("Result")
+
+
+class Workers:
+    """`spread` maps a function over jobs; `scratch` is memory of the calling thread."""
+
+    def __init__(self, pool: ThreadPoolExecutor | None, count: int) -> None:
+        self._pool, self.count, self._local = pool, count, local()
+
+    def spread(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+        """The results in the order of the jobs; the first job that fails raises."""
+        work = torch.no_grad()(work)  # each thread has a switch of its own
+        return map(work, jobs) if self._pool is None else self._pool.map(work, jobs)
+
+    def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+        """Uninitialised memory, overwritten when this thread next asks for it by this name."""
+        held, size = vars(self._local), prod(shape)
+        key = name, dtype, device
+        if key not in held or held[key].numel() < size:
+            held[key] = torch.empty(size, dtype=dtype, device=device)
+        return held[key][:size].view(shape)
+
+    def counted(self, n: int, device: torch.device) -> Tensor:
+        """1, 2, ..., n in float32; the thread keeps them."""
+        held = vars(self._local).get("counted")
+        if held is None or len(held) < n:
+            held = self._local.counted = torch.arange(1.0, n + 1, device=device)
+        return held[:n]
+
+
+@contextmanager
+def workers(device: torch.device) -> Iterator[Workers]:
+    """As many threads as torch gives one operator; one thread each where there are at most `MOST`.
+
+    An operator that torch itself spreads waits for its slowest core, of every few microseconds anew;
+    heads spread over threads wait once a layer.
+    """
+    threads = torch.get_num_threads()
+    count = min(threads, MOST) if device.type == "cpu" else 1
+    if count == 1:
+        yield Workers(None, 1)
+        return
+    try:
+        with ThreadPoolExecutor(count, "score", torch.set_num_threads, (threads // count,)) as pool:
+            yield Workers(pool, count)
+    finally:
+        torch.set_num_threads(threads)  # threads that start later take over the last number that was set
