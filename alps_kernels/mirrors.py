@@ -209,7 +209,7 @@ def _found(table: dict, param: Tensor) -> Mirror | None:
 
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """Weights follow their leaves right after a step of any optimizer, so that every reader sees them."""
-    if torch.compiler.is_compiling():
+    if not _BY_LEAF or torch.compiler.is_compiling():
         return
     for group in optimizer.param_groups:
         for param in group["params"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import Arguments, ParamState, mirrored
 from .binding import BoundSelection
-from .ops.head_adamw import head_adamw_, head_grad_norm
-from .ops.updates import Update, hypers_of
+from .ops.head_adamw import Launches, head_adamw_, head_grad_norm
+from .ops.updates import Update
 from .placement import like
 from .saved_state import FORMAT, VERSION, read_saved, saved_entry
 from .sharding import sum_of_squares
-from .state import HALVES, MOMENTS, Slot, check_grad, check_param, check_state, checked_precision, regrown, whole
+from .state import (
+    EIGHT, MOMENTS, SCALE, Slot, check_grad, check_param, check_state, checked_precision, regrown, slot_of, whole,
+)
 
 OURS = ("master", "moment_dtype")  # entries of a param group that torch.optim.AdamW does not have
 
@@ -38,15 +40,20 @@ class HeadAdamW(torch.optim.Optimizer):
             in the parameter's dtype (2 bytes); "stochastic": stochastic rounding (0 bytes);
             None: round to nearest, which loses most updates at fine-tuning learning rates.
             Wider parameters need none of it. May differ between param groups.
-        moment_dtype: torch.float32, or torch.bfloat16 with stochastic rounding (to nearest,
-            `exp_avg_sq` would stall at beta2 = 0.999). float64 parameters keep float64.
+        moment_dtype: torch.float32; torch.bfloat16 with stochastic rounding (to nearest,
+            `exp_avg_sq` would stall at beta2 = 0.999); or "8bit", codes of the fourth root with
+            a float32 scale for each 64 elements (2.125 bytes an element for both moments; error
+            bounds in `ops.reference_codes`; not with amsgrad). float64 parameters keep float64.
         max_grad_norm: clip the global l2 norm of the gradients, over the selected slices
             alone, to this; `grad_norm` then holds the last norm before clipping.
         seed: of stochastic rounding; let it be the same on every replica.
 
-    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` (amsgrad), and
-    `master_lo` or `kahan`. Its tensors have the parameter's shape where all of it trains, else
-    they are compact: 1-D, in the order of `BoundParam.cut`.
+    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` (amsgrad), `master_lo`
+    or `kahan`, and `exp_avg_scale` and `exp_avg_sq_scale` (8-bit moments). Its tensors have the
+    parameter's shape where all of it trains, else they are compact: 1-D, in the order of
+    `BoundParam.cut`.
+
+    A step of a sliced leaf (`slice_heads`) writes the new values into the full weight too.
 
     A GradScaler looks for infinities in whole gradients before it hands over to `step`, frozen
     elements included; everything in here reads the selected ones alone.
@@ -75,7 +82,7 @@ class HeadAdamW(torch.optim.Optimizer):
         fused: bool | None = None,
         heads: BoundSelection | None = None,
         master: str | None = "split",
-        moment_dtype: torch.dtype = torch.float32,
+        moment_dtype: torch.dtype | str = torch.float32,
         max_grad_norm: float | None = None,
         seed: int = 0,
     ) -> None:
@@ -90,7 +97,7 @@ class HeadAdamW(torch.optim.Optimizer):
             raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
         self.heads, self.max_grad_norm, self.seed = heads, max_grad_norm, seed
         self.grad_norm: Tensor | None = None
-        self._plans, self._known = {}, {}  # tables and arguments of the last step, for the next
+        self._launches, self._arguments = Launches(), None  # tables and arguments of the last step, for the next
         super().__init__(params, {**plain.defaults, "master": master, "moment_dtype": moment_dtype})
         self._slots: dict[Tensor, Slot] = self._make_slots(heads)
 
@@ -128,7 +135,8 @@ class HeadAdamW(torch.optim.Optimizer):
             for param in [p for p in self.state if p not in states]:
                 del self.state[param]
             self.state.update(states)
-            self.heads, self._slots, self._plans, self._known = heads, slots, {}, {}
+            self.heads, self._slots, self._arguments = heads, slots, None
+            self._launches = self._launches.for_others()
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -156,10 +164,7 @@ class HeadAdamW(torch.optim.Optimizer):
                 part = whole(name, param) if chosen is None else chosen.pop(id(param), None)
                 if part is not None:
                     check_param(part)
-                    half = param.dtype in HALVES
-                    slots[param] = Slot(part, part.ranges, stream, group["master"] if half else None,
-                                        torch.float64 if param.dtype == torch.float64 else group["moment_dtype"],
-                                        param.dtype)
+                    slots[param] = slot_of(part, stream, group)
                 stream += 1
         if chosen:
             lost = next(iter(chosen.values()))
@@ -189,64 +194,80 @@ class HeadAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = self._updates()
+        arguments = self._ready()
         try:
-            self._apply(updates)
+            self._apply(arguments)
         finally:
-            for update in updates:
-                update.release()
+            arguments.release()  # so that `zero_grad` frees their memory
         return loss
 
-    def _apply(self, updates: list[Update]) -> None:
-        steps = [update.state["step"] for update in updates]
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and not all(step.is_cuda for step in steps):
-            if float(found_inf) != 0:
-                return
-            found_inf = None  # else it stays on the device, and decides there
-        if not updates:
-            return
-        control = self._control(updates, found_inf)
-        fresh = [update for update in updates if self.state.get(update.owner) is not update.state]
-        for update in fresh:
-            self.state[update.owner] = update.state
-        try:
-            head_adamw_(updates, control=control, seed=self.seed, plans=self._plans, backend=self._backend)
-        except BaseException:  # an interrupt too: what did not move keeps no state
-            for update in fresh:
-                if not update.state["step"].any():
-                    del self.state[update.owner]
-            raise
-
-    def _updates(self) -> list[Update]:
-        """What the op takes, checked: for every parameter with a gradient, that of the last step where it holds."""
-        updates, members = [], defaultdict(list)
+    def _ready(self) -> Arguments:
+        """What the step takes, checked: that of the last step where it holds."""
+        kept = self._arguments
+        if kept is not None and (grads := kept.hold(self.param_groups, self.state)) is not None:
+            moved = kept.moved(grads)
+            if moved is not None:
+                if moved:
+                    self._launches.moved(kept.pointers[1])
+                if self._launches.outdated:
+                    kept.take(grads)
+                return kept
+        updates, states, groups, absent = [], [], [], []
         for group in self.param_groups:
             for param in group["params"]:
-                slot = self._slots.get(param)
-                if slot is None or (grad := param.grad) is None:
+                if (slot := self._slots.get(param)) is None:
                     continue
-                update = self._known.get(slot.stream)
-                if (update is None or self.state.get(param) is not update.state
-                        or not update.holds(grad, group["amsgrad"])):
-                    update = self._new_update(group, slot)
+                if param.grad is None:
+                    absent.append(param)
+                    continue
+                state, update = self._update(group, slot)
                 updates.append(update)
-                members[id(group), update.state["step"].device].append((group, update))
-        for same in members.values():
-            rows = hypers_of(same[0][0], [update.state["step"] for _, update in same])
-            for (_, update), hypers in zip(same, rows, strict=True):
-                update.hypers = hypers
-        self._known = {update.stream: update for update in updates}
-        return updates
+                states.append(state)
+                groups.append(group)
+        self._arguments = None
+        self._launches.moved()
+        return Arguments(updates, states, groups, absent)
 
-    def _new_update(self, group: dict[str, Any], slot: Slot) -> Update:
+    def _update(self, group: dict[str, Any], slot: Slot) -> tuple[ParamState, Update]:
+        """The state of one parameter and what the op takes of it, checked."""
         check_grad(slot)
         state = self.state.get(slot.param) or slot.new_state(amsgrad=group["amsgrad"], device_step=group["capturable"])
         check_state(slot, state, group["amsgrad"])
-        return Update(slot.name, slot.param, slot.param.grad,
-                      None if slot.part.full and state["step"].numel() == 1 else slot.blocks,
-                      state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
-                      state[slot.low_key] if slot.low_key else None, slot.master, (), slot.stream, state)
+        n_rows, mirror = state["step"].numel(), mirrored(slot.param) if slot.mirrored else None
+        plain = slot.part.full and n_rows == 1 and mirror is None
+        update = Update(
+            slot.name, slot.param, slot.param.grad, None if plain else slot.blocks, state["exp_avg"],
+            state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None,
+            state[slot.low_key] if slot.low_key else None, slot.master, slot.stream, n_rows=n_rows,
+            counts_on_device=state["step"].device.type != "cpu", mirror=mirror,
+            scales=(state["exp_avg" + SCALE], state["exp_avg_sq" + SCALE]) if slot.moment_dtype == EIGHT else None)
+        return state if type(state) is ParamState else ParamState(state), update
+
+    def _apply(self, arguments: Arguments) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and not arguments.all_on_device:
+            if float(found_inf) != 0:
+                return
+            found_inf = None  # else it stays on the device, and decides there
+        if not (updates := arguments.updates):
+            return
+        control = self._control(updates, found_inf)
+        fresh = [update for update in updates if not self.state.get(update.owner)] if arguments is not self._arguments else ()
+        try:
+            if arguments is not self._arguments:
+                for update, state in zip(updates, arguments.states, strict=True):
+                    self.state[update.owner] = state
+                arguments.settle(self.param_groups, self.state)
+                self._arguments = arguments
+            head_adamw_(updates, arguments.numbers(), control=control, seed=self.seed, launches=self._launches,
+                        backend=self._backend)
+        except BaseException:  # an interrupt too: what did not move keeps no state
+            self._arguments = None
+            for update in fresh:
+                if update.owner in self.state and not self.state[update.owner]["step"].any():
+                    del self.state[update.owner]
+            raise
+        arguments.count(found_inf, self._launches.plain)
 
     def _control(self, updates: list[Update], found_inf: Tensor | None) -> Tensor | None:
         """[2] float32: the factor of every gradient (unscaling times clipping), and whether to skip."""
@@ -265,13 +286,13 @@ class HeadAdamW(torch.optim.Optimizer):
 
     def _norm(self, updates: list[Update]) -> Tensor:
         """Of the gradients of what trains, over the shards of all ranks."""
-        if not any(update.sharded for update in updates):
-            return head_grad_norm(updates, seed=self.seed, plans=self._plans, backend=self._backend)
+        if not any([update.sharded for update in updates]):
+            return head_grad_norm(updates, seed=self.seed, launches=self._launches, backend=self._backend)
 
         def square(members: list[int]) -> Tensor:
-            plans = self._plans if len(members) == len(updates) else None
-            norm = head_grad_norm([updates[i] for i in members], seed=self.seed, plans=plans, backend=self._backend)
-            return norm.square()
+            every = len(members) == len(updates)
+            return head_grad_norm(updates if every else [updates[i] for i in members], seed=self.seed,
+                                  launches=self._launches if every else None, backend=self._backend).square()
 
         return sum_of_squares([update.owner for update in updates], square).sqrt()
 
@@ -290,6 +311,7 @@ class HeadAdamW(torch.optim.Optimizer):
         that train whole is sharded as they are.
         """
         saved = super().state_dict()
+        saved["state"] = {key: dict(entry) for key, entry in saved["state"].items()}
         index = self._indices()
         saved["state"].update({index[param]: saved_entry(slot, self.state[param]) for param, slot in self._slots.items()
                                if self.state.get(param)})
@@ -307,7 +329,7 @@ class HeadAdamW(torch.optim.Optimizer):
         saved = super().state_dict()
         slots = {index: self._slots[param] for param, index in self._indices().items() if param in self._slots}
         state = {index: {key: value.max() if key == "step" else like(slots[index].param, slots[index].spread(value))
-                         for key, value in entry.items() if key == "step" or key in MOMENTS}
+                         for key, value in slots[index].decoded(entry).items() if key == "step" or key in MOMENTS}
                  for index, entry in saved["state"].items()}
         groups = [{key: value for key, value in group.items() if key not in OURS} for group in saved["param_groups"]]
         return {"state": state, "param_groups": groups}
@@ -342,7 +364,7 @@ class HeadAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans, self._known = {}, {}
+        self._launches, self._arguments = self.__dict__.get("_launches", Launches()).for_others(), None
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .placement import share_of, viewed
 from .sharding import cut_compact, gather_compact
-from .state import LOW, MOMENTS, Slot
+from .state import EIGHT, LOW, MOMENTS, SCALE, Slot
 
 FORMAT, VERSION = "alps_kernels.head_adamw", 1
 
@@ -23,7 +23,7 @@ def saved_entry(slot: Slot, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     entry = dict(state)
     if not slot.part.full:
-        entry = {key: value if key == "step" else gather_compact(slot.part, value) for key, value in state.items()}
+        entry = {key: value if key == "step" or key.endswith(SCALE) else gather_compact(slot.part, value) for key, value in state.items()}
         entry["slices"] = torch.tensor([slot.part.dim, *(edge for span in slot.spans for edge in span)],
                                        device=slot.param.device)
     if "master_lo" in entry:
@@ -78,26 +78,45 @@ def read_state(slot: Slot, saved: Mapping[str, Any], described: Mapping[str, Any
     if described is not None:
         slot = replace(slot, spans=tuple((start, stop) for start, stop in described["spans"]))
     state = {"step": _read_step(slot, saved.get("step"), device_step)}
-    for key in (*MOMENTS[:3 if amsgrad else 2], *([slot.low_key] if slot.low_key else [])):
-        value = saved.get(key)
-        if value is None and key in LOW and described is None:
-            state[key] = slot.zeros(slot.low_dtype)
-            continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{slot.name}: the saved state has no {key}")
-        if key == "master_lo" and value.dtype == torch.uint8 and value.shape[-1:] == (2,):
-            value = viewed(value, lambda held: held.contiguous().view(torch.int16).squeeze(-1), value.shape[:-1])
-        dense = described is None or slot.part.full
-        shape = tuple(slot.param.shape) if dense else (slot.part.numel,)
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{slot.name}: the saved {key} has shape {list(value.shape)}, expected {list(shape)}"
-                             + ("" if dense else f" ({slot.part.numel} selected elements)"))
-        dtype = slot.low_dtype if key in LOW else slot.moment_dtype
-        if described is not None and value.dtype != dtype:
+    if described is None:
+        return slot, {**state, **_read_dense(slot, saved, amsgrad)}
+    for key, (shape, dtype) in slot.layout(amsgrad).items():
+        saved_shape = tuple(slot.param.shape) if slot.part.full else (slot.part.numel,)
+        value = _read_entry(slot, saved, key, shape if key.endswith(SCALE) else saved_shape)
+        if value.dtype != dtype:
             raise ValueError(f"{slot.name}: the saved {key} is {value.dtype}, expected {dtype}")
-        held = slot.cut(share_of(slot.param, value)) if dense else cut_compact(slot.part, value)
-        state[key] = slot.placed(held.to(device=slot.param.device, dtype=dtype))
+        if key.endswith(SCALE):
+            state[key] = value.clone().to(slot.param.device)
+            continue
+        held = slot.cut(share_of(slot.param, value)) if slot.part.full else cut_compact(slot.part, value)
+        state[key] = slot.placed(held.to(device=slot.param.device))
     return slot, state
+
+
+def _read_dense(slot: Slot, saved: Mapping[str, Any], amsgrad: bool) -> dict[str, Tensor]:
+    """The entries of a state of the parameter's shape, cut, in the slot's dtypes."""
+    state, entries = {}, slot.layout(amsgrad)
+    for key in (*MOMENTS[:3 if amsgrad else 2], *([slot.low_key] if slot.low_key else [])):
+        if saved.get(key) is None and key in LOW:
+            state[key] = slot.zeros(*entries[key])
+            continue
+        value = _read_entry(slot, saved, key, tuple(slot.param.shape))
+        dtype = torch.float32 if slot.moment_dtype == EIGHT and key in MOMENTS else entries[key][1]
+        state[key] = slot.placed(slot.cut(share_of(slot.param, value)).to(device=slot.param.device, dtype=dtype))
+    return slot.encoded(state)
+
+
+def _read_entry(slot: Slot, saved: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> Tensor:
+    """A saved tensor, found to be of this shape."""
+    value = saved.get(key)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{slot.name}: the saved state has no {key}")
+    if key == "master_lo" and value.dtype == torch.uint8 and value.shape[-1:] == (2,):
+        value = viewed(value, lambda held: held.contiguous().view(torch.int16).squeeze(-1), value.shape[:-1])
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{slot.name}: the saved {key} has shape {list(value.shape)}, expected {list(shape)}"
+                         + ("" if shape == tuple(slot.param.shape) else f" ({slot.part.numel} selected elements)"))
+    return value
 
 
 def described_by(slot: Slot, slices: Any) -> dict[str, Any] | None:
@@ -152,9 +171,9 @@ def check_description(described: Any, slots: Mapping[int, Slot]) -> dict[int, di
             differences.append(f"{slots[index].name} trains here and did not there")
         else:
             ours = slots[index].describe()
-            differences += [f"{ours['name']}: {key} {theirs[index].get(key)!r} there, {ours[key]!r} here"
-                            for key in ("shape", "dim", "ranges", "master", "moment_dtype")
-                            if theirs[index].get(key) != ours[key]]
+            differences += [f"{ours['name']}: {key} {theirs[index].get(key)!r} there, {ours.get(key)!r} here"
+                            for key in ("shape", "dim", "ranges", "mirrored", "master", "moment_dtype")
+                            if theirs[index].get(key) != ours.get(key)]
             if not _subdivide(theirs[index].get("spans"), ours["ranges"]):
                 differences.append(f"{ours['name']}: spans {theirs[index].get('spans')!r} do not cut its ranges")
     if differences:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .binding import BoundParam, Ranges
+from .mirrors import mirror_of
+from .ops.adamw_tables import n_scales
+from .ops.reference_codes import decode8, encode8, encode8_stochastically
 from .ops.updates import Block
 from .placement import is_sharded, like, local
 from .sharding import check_shards, clip, part_here
@@ -19,6 +23,9 @@ MASTERS = (None, "split", "kahan", "stochastic")
 HALVES = (torch.bfloat16, torch.float16)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 LOW = ("master_lo", "kahan")
+EIGHT = "8bit"
+CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+SCALE = "_scale"  # `exp_avg_scale` are the scales of 8-bit `exp_avg`
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,19 @@ class Slot:
         spans: the ranges, cut further where elements began to train at different steps.
         stream: the parameter's position in the optimizer.
         master: precision of a 16-bit parameter, None for others.
-        moment_dtype: of the stored moments.
+        moment_dtype: of the stored moments, or "8bit".
         dtype: the parameter's when this was decided.
+        mirrored: ranges of the full weight that the parameter, a sliced leaf, is the
+            concatenation of, along `part.dim`; None for other parameters.
     """
 
     part: BoundParam
     spans: Ranges
     stream: int
     master: str | None
-    moment_dtype: torch.dtype
+    moment_dtype: torch.dtype | str
     dtype: torch.dtype
+    mirrored: Ranges | None = None
 
     @property
     def name(self) -> str:
@@ -54,31 +64,38 @@ class Slot:
         """The state entry that holds what 16 bits of the parameter do not."""
         return {"split": "master_lo", "kahan": "kahan"}.get(self.master)
 
-    def zeros(self, dtype: torch.dtype) -> Tensor:
-        """State before the first step: the parameter's shape where all of it trains, else compact."""
-        return self.placed(torch.zeros(self.shape_here, dtype=dtype, device=self.param.device))
-
     @property
     def here(self) -> BoundParam:
         """What trains of the shard that this rank holds; `part` where the parameter has no shards."""
         return part_here(self.part)
 
-    @property
-    def shape_here(self) -> tuple[int, ...]:
-        """Of this rank's share of a state tensor."""
-        return tuple(local(self.param).shape) if self.part.full else (self.here.numel,)
+    def layout(self, amsgrad: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape, of this rank's share, and dtype of every entry of its state but `step`.
+
+        The parameter's shape where all of it trains, else compact.
+        """
+        shape = tuple(local(self.param).shape) if self.part.full else (self.here.numel,)
+        if self.moment_dtype == EIGHT:
+            n = sum(n_scales(block, self.param) for block in self.blocks)
+            entries = {key: (shape, dtype) for key, dtype in CODES.items()}
+            entries |= {key + SCALE: ((n,), torch.float32) for key in CODES}
+        else:
+            entries = {key: (shape, self.moment_dtype) for key in MOMENTS[:3 if amsgrad else 2]}
+        if self.low_key:
+            entries[self.low_key] = (shape, self.low_dtype)
+        return entries
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An entry of `layout` before the first step."""
+        return self.placed(torch.zeros(shape, dtype=dtype, device=self.param.device))
 
     def placed(self, held: Tensor) -> Tensor:
         """This rank's share of a state tensor as the tensor that is kept: a DTensor as the parameter is, or compact."""
         return like(self.param, held) if self.part.full else held
 
     def new_state(self, *, amsgrad: bool, device_step: bool) -> dict[str, Tensor]:
-        state = {"step": self.step_tensor([0.0], device_step)}
-        for key in MOMENTS[:3 if amsgrad else 2]:
-            state[key] = self.zeros(self.moment_dtype)
-        if self.low_key:
-            state[self.low_key] = self.zeros(self.low_dtype)
-        return state
+        return {"step": self.step_tensor([0.0], device_step),
+                **{key: self.zeros(*entry) for key, entry in self.layout(amsgrad).items()}}
 
     @property
     def low_dtype(self) -> torch.dtype:
@@ -91,25 +108,71 @@ class Slot:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """The rectangles of the local tensor that train, with their places in the state: one for each span.
+        """The rectangles of the local tensor that train, with their places in the state.
 
-        Spans that lie in other ranks' shards are empty, so that every rank has as many.
+        One for each span, and each mirrored range. Spans that lie in other ranks' shards are
+        empty, so that every rank has as many.
         """
         held = local(self.param)
         rows = held.shape[0] if held.ndim else 1
         other = held.numel() // max(rows, 1) if self.part.dim == 0 else rows
-        at, blocks, spans = 0, [], iter(self.spans)
+        at, blocks, spans, index = 0, [], iter(self.spans), -1
         for start, stop in self.part.ranges:
             edge, (first, last) = start, (clip(self.part, start), clip(self.part, stop))
             while edge < stop:
                 low, edge = next(spans)
-                top, end = clip(self.part, low), clip(self.part, edge)
-                if self.part.dim == 0:
-                    blocks.append(Block(0, top, end, at + (top - first) * other, other))
-                else:  # the columns of a range lie side by side in its state
-                    blocks.append(Block(1, top, end, at + top - first, last - first))
+                index += 1
+                for piece, after, mirror in self._mirrored(low, edge):
+                    top, end = clip(self.part, piece), clip(self.part, after)
+                    if self.part.dim == 0:
+                        blocks.append(Block(0, top, end, at + (top - first) * other, other, index, mirror))
+                    else:  # the columns of a range lie side by side in its state
+                        blocks.append(Block(1, top, end, at + top - first, last - first, index, mirror))
             at += (last - first) * other
         return tuple(blocks)
+
+    def _mirrored(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """[start, stop) of the parameter cut where it leaves a mirrored range; each piece and its start in the mirror."""
+        if self.mirrored is None:
+            return [(start, stop, 0)]
+        pieces, at = [], 0
+        for first, last in self.mirrored:
+            low, high = max(start, at), min(stop, at + last - first)
+            if low < high:
+                pieces.append((low, high, first + low - at))
+            at += last - first
+        return pieces
+
+    def decoded(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state with moments as float32 where they are 8-bit codes."""
+        if self.moment_dtype != EIGHT:
+            return dict(state)
+        plain = {key: value for key, value in state.items() if not key.endswith(SCALE)}
+        for key in CODES:
+            plain[key] = torch.empty_like(state[key], dtype=torch.float32)
+            for codes, scales, out in self._coded(state[key], state[key + SCALE], plain[key]):
+                out.copy_(decode8(codes, scales))
+        return plain
+
+    def encoded(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`decoded` undone, to nearest."""
+        if self.moment_dtype != EIGHT:
+            return dict(state)
+        entries, coded = self.layout(False), dict(state)
+        for key, encode in (("exp_avg", encode8), ("exp_avg_sq", lambda x: encode8_stochastically(x, None))):
+            coded[key], coded[key + SCALE] = self.zeros(*entries[key]), self.zeros(*entries[key + SCALE])
+            for codes, scales, value in self._coded(coded[key], coded[key + SCALE], state[key].float()):
+                new = encode(value)
+                codes.copy_(new[0])
+                scales.copy_(new[1])
+        return coded
+
+    def _coded(self, codes: Tensor, scales: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(codes, scales, values) of every block, views."""
+        parts = scales.split([n_scales(block, self.param) for block in self.blocks])
+        shapes = [block.of(self.param).shape for block in self.blocks]
+        return [(block.of_state(codes, shape), part, block.of_state(values, shape))
+                for block, shape, part in zip(self.blocks, shapes, parts, strict=True)]
 
     def cut(self, dense: Tensor) -> Tensor:
         """This rank's share of a state tensor, from a dense one of the local tensor's shape."""
@@ -127,14 +190,16 @@ class Slot:
         """What must agree for a state to be this slot's; plain data, for the state dict."""
         return {"name": self.name, "shape": list(self.param.shape), "dim": self.part.dim,
                 "ranges": [list(r) for r in self.part.ranges], "spans": [list(s) for s in self.spans],
-                "master": self.master, "moment_dtype": str(self.moment_dtype).removeprefix("torch.")}
+                "master": self.master, "moment_dtype": str(self.moment_dtype).removeprefix("torch."),
+                **({} if self.mirrored is None else {"mirrored": [list(r) for r in self.mirrored]})}
 
 
 def regrown(old: Slot, new: Slot, state: Mapping[str, Tensor]) -> tuple[Slot, dict[str, Tensor]]:
     """The state of `old` carried to another selection of the same parameter.
 
-    Elements in both keep everything; elements that join start with empty moments and a step
-    count of their own, so that their bias correction is that of a fresh AdamW.
+    Elements in both keep everything (8-bit moments are coded anew, to nearest, where the 64 that
+    share a scale change); elements that join start with empty moments and a step count of their
+    own, so that their bias correction is that of a fresh AdamW.
 
     Raises:
         ValueError: the parameter was cut along the other axis.
@@ -156,23 +221,47 @@ def regrown(old: Slot, new: Slot, state: Mapping[str, Tensor]) -> tuple[Slot, di
     if len(set(ages)) == 1:
         spans, ages = list(new.part.ranges), ages[:1]
     slot = replace(new, spans=tuple(spans))
-    carried = {key: new.placed(new.cut(old.spread(value))) for key, value in state.items() if key != "step"}
-    return slot, {"step": slot.step_tensor(ages, state["step"].device.type != "cpu"), **carried}
+    step = slot.step_tensor(ages, state["step"].device.type != "cpu")
+    if slot.blocks == old.blocks:
+        return slot, {**state, "step": step}
+    carried = {key: new.placed(new.cut(old.spread(value))) for key, value in old.decoded(state).items() if key != "step"}
+    return slot, {"step": step, **slot.encoded(carried)}
 
 
 def checked_precision(name: str, group: Mapping[str, Any]) -> None:
     """Raises ValueError where a group's `master` or `moment_dtype` is none that exists."""
     if group["master"] not in MASTERS:
         raise ValueError(f"{name}: master is {group['master']!r}; expected one of {MASTERS}")
-    if group["moment_dtype"] in ("8bit", torch.uint8, torch.int8):
-        raise ValueError(f"{name}: 8-bit moments are not implemented yet; take torch.bfloat16 or torch.float32")
-    if group["moment_dtype"] not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{name}: moment_dtype is {group['moment_dtype']!r}; expected torch.float32 or torch.bfloat16")
+    if group["moment_dtype"] not in (torch.float32, torch.bfloat16, EIGHT):
+        raise ValueError(f"{name}: moment_dtype is {group['moment_dtype']!r}; expected torch.float32, torch.bfloat16 or"
+                         f" {EIGHT!r}")
+    if group["moment_dtype"] == EIGHT and group["amsgrad"]:
+        raise ValueError(f"{name}: amsgrad has no 8-bit form; take moment_dtype=torch.bfloat16 with it, or amsgrad=False")
 
 
 def whole(name: str, param: Tensor) -> BoundParam:
     """All of a parameter."""
     return BoundParam(name, param, 0, ((0, param.shape[0] if param.ndim else 1),))
+
+
+def slot_of(part: BoundParam, stream: int, group: Mapping[str, Any]) -> Slot:
+    """How what trains of a parameter is kept under a group's options.
+
+    The state of a sliced leaf lies as that of the full weight's selection would: with several
+    ranges of columns it is compact, range after range.
+    """
+    param, mirrored = part.param, None
+    if group["moment_dtype"] == EIGHT and is_sharded(param):
+        raise ValueError(f"{part.name} is a DTensor: 8-bit moments of sharded parameters are not implemented; take"
+                         " moment_dtype=torch.bfloat16 or torch.float32")
+    if part.full and (mirror := mirror_of(param)) is not None:
+        mirrored = mirror.ranges
+        edges = [0, *accumulate(stop - start for start, stop in mirrored)]
+        apart = mirror.dim == 1 and len(mirrored) > 1
+        part = BoundParam(part.name, param, mirror.dim,
+                          tuple(zip(edges[:-1], edges[1:], strict=True)) if apart else ((0, edges[-1]),))
+    return Slot(part, part.ranges, stream, group["master"] if param.dtype in HALVES else None,
+                torch.float64 if param.dtype == torch.float64 else group["moment_dtype"], param.dtype, mirrored)
 
 
 def check_param(part: BoundParam) -> None:
@@ -202,12 +291,11 @@ def check_grad(slot: Slot) -> None:
 
 def check_state(slot: Slot, state: dict[str, Tensor], amsgrad: bool) -> None:
     """Raises ValueError where an entry is missing or does not fit the parameter."""
-    shape, placed = slot.shape_here, slot.part.full and is_sharded(slot.param)
-    for key in (*MOMENTS[:3 if amsgrad else 2], *([slot.low_key] if slot.low_key else [])):
+    placed = slot.part.full and is_sharded(slot.param)
+    for key, (shape, dtype) in slot.layout(amsgrad).items():
         value = state.get(key)
         if value is None:
             raise ValueError(f"{slot.name}: its state has no {key}; was amsgrad or master switched on after a step?")
-        dtype = slot.low_dtype if key in LOW else slot.moment_dtype
         if is_sharded(value) != placed:
             raise ValueError(f"{slot.name}: its {key} is {'a' if is_sharded(value) else 'no'} DTensor, expected"
                              f" {'one' if placed else 'none'}; was the model sharded after the first step?")

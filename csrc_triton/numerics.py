@@ -84,23 +84,17 @@ def round_stochastically(x, noise, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def random16(first, stride, seed, step, stream, ROWS: tl.constexpr, COLS: tl.constexpr, BY_EIGHT: tl.constexpr):
-    """16 random bits, int32 [ROWS, COLS], for the state elements first + row * stride + col.
+def random16(place, lane, seed, step, stream, BY_EIGHT: tl.constexpr):
+    """16 random bits, int32, for each state element place + lane.
 
     Philox 4x32-10 with counter (i // 8, step, stream): element i takes half i % 2 of word
-    (i % 8) // 2. BY_EIGHT: `first` and `stride` are multiples of 8, one call serves 8 elements.
+    (i % 8) // 2. BY_EIGHT: `place` are multiples of 8, [n, 1], and `lane` is 0..7, [1, 8]: one
+    call serves 8 elements. Otherwise `place` are the elements themselves and `lane` is 0.
     """
-    rows = tl.arange(0, ROWS)[:, None].to(tl.int64)
-    if BY_EIGHT:
-        group = ((first + rows * stride) >> 3) + tl.arange(0, COLS // 8)[None, :]  # [ROWS, COLS // 8]
-        w0, w1, w2, w3 = _philox(group, seed, step, stream)
-        words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # [ROWS, COLS // 2]
-        return tl.interleave((words & 0xFFFF).to(tl.int32), (words >> 16).to(tl.int32))
-    index = first + rows * stride + tl.arange(0, COLS)[None, :]
-    w0, w1, w2, w3 = _philox(index >> 3, seed, step, stream)
-    which = (index >> 1) & 3
-    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    return tl.where((index & 1) == 1, word >> 16, word & 0xFFFF).to(tl.int32)
+    w0, w1, w2, w3 = _philox(place >> 3, seed, step, stream)
+    which = (lane if BY_EIGHT else place & 7).to(tl.int32)
+    word = tl.where(which < 4, tl.where(which < 2, w0, w1), tl.where(which < 6, w2, w3))
+    return tl.where(which % 2 == 1, word >> 16, word & 0xFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -108,6 +102,54 @@ def _philox(group, seed, step, stream):
     low = (group & 0xFFFFFFFF).to(tl.uint32)
     zero = low * 0
     return tl.philox(seed, low, (group >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero + stream.to(tl.uint32))
+
+
+# -- optimizer: moments in 8 bits ------------------------------------------------------------
+
+
+@triton.jit
+def decode8(codes, scale):
+    """Codes (int8 or uint8) and the scale of their 64 -> float32: sign(code) (|code| scale)^4."""
+    code = codes.to(tl.float32)
+    root = code * scale
+    square = root * root
+    return tl.where(code < 0, -(square * square), square * square)
+
+
+@triton.jit
+def encode8(x):
+    """float32 [n, 8] -> codes -127..127 (int32), and scales [n, 1]: fourth roots, to nearest."""
+    root = tl.sqrt(tl.sqrt(tl.abs(x)))
+    scale = _largest_of_64(root, 127.0)
+    code = tl.minimum((root * (1.0 / tl.maximum(scale, 1e-38)) + ROUND) - ROUND, 127.0)
+    return tl.where(x < 0, -code, code).to(tl.int32), scale
+
+
+@triton.jit
+def encode8_stochastically(x, noise):
+    """float32 [n, 8] >= 0 -> codes 0..255 (int32), 0 for 0 alone, and scales [n, 1].
+
+    To one of two neighbours, the nearer one the likelier, so that the mean of what is decoded is
+    x; `noise` in 0..65535.
+    """
+    root = tl.sqrt(tl.sqrt(x))
+    scale = _largest_of_64(root, 255.0)
+    code = tl.minimum(tl.floor(root * (1.0 / tl.maximum(scale, 1e-38))), 254.0)
+    low = code * scale
+    low = low * low * (low * low)
+    high = (code + 1.0) * scale
+    high = high * high * (high * high)
+    code += tl.where((x - low) * 65536.0 > noise.to(tl.float32) * (high - low), 1.0, 0.0)
+    return tl.where(x > 0, tl.maximum(code, 1.0), 0.0).to(tl.int32), scale
+
+
+@triton.jit
+def _largest_of_64(root, CODES: tl.constexpr):
+    """root [n, 8] -> the largest of 8 rows (64 elements) / CODES, for each row, [n, 1]; Inf where one is NaN."""
+    most = tl.max(tl.where(root != root, float("inf"), root), 1)  # [n]
+    n: tl.constexpr = most.shape[0]
+    most = tl.max(tl.reshape(most, [n // 8, 8]), 1, keep_dims=True)  # [n // 8, 1]
+    return tl.reshape(tl.broadcast_to(most, [n // 8, 8]), [n, 1]) / CODES
 
 
 # -- scoring: small differences of exponentials ----------------------------------------------

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from alps_kernels.binding import BoundParam, BoundSelection
+from alps_kernels.mirrors import Mirror
 from alps_kernels.optimizer import HeadAdamW
 from alps_kernels.selection import HeadSelection
 
@@ -86,3 +87,13 @@ def oracle(params, bound, grads_of_step, *, lr=1e-2, betas=(0.9, 0.999), eps=1e-
             p = torch.where(inside[name], p * (1 - lr * weight_decay) - update, p)
         out[name] = p
     return out
+
+
+def mirrored_module(weight, dim, ranges):
+    """A module whose `weight` mirrors the leaf `weight_slice`, its selected rows or columns."""
+    module = nn.Module()
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.mirror = Mirror(module, "weight", dim, ranges, True)
+    module.weight_slice = nn.Parameter(module.mirror.cut(module.weight).contiguous())
+    module.mirror.adopt()
+    return module

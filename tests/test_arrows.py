@@ -23,9 +23,10 @@ ALLOWED = {
     "sliced": {"layout", "locate", "selection", "binding", "mirrors", "sliceable", "sliced_projection"},
     "selection": {"layout", "binding", "files"},
     "guarding": {"layout", "binding", "selection", "mirrors"},
-    "optimizer": {"ops", "binding", "state", "saved_state", "mirrors", "placement", "sharding"},
+    "optimizer": {"ops", "binding", "state", "saved_state", "arguments", "mirrors", "placement", "sharding"},
+    "arguments": {"ops", "mirrors"},
     "saved_state": {"state", "placement", "sharding"},
-    "state": {"ops", "binding", "placement", "sharding"},
+    "state": {"ops", "binding", "mirrors", "placement", "sharding"},
     "sharding": {"binding", "placement"},
     "pictures": {"files", "scores", "selection"},
     "comparison": {"selection", "scores"},
@@ -54,7 +55,7 @@ ALLOWED = {
     "__init__": set(),
 }
 # What a room may import from outside; a room that is not named here: anything installed.
-OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton"}, "optimizer": {"torch"}, "state": {"torch"},
+OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton"}, "optimizer": {"torch"}, "arguments": {"torch"}, "state": {"torch"},
            "saved_state": {"torch"}, "sharding": {"torch"}, "placement": {"torch"}, "guarding": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
            "sliced": {"torch"}, "sliceable": {"torch"}, "sliced_projection": {"torch"},
            "files": set(), "__init__": set()}

@@ -95,7 +95,8 @@ def test_wrong_arguments_raise_what_torch_raises(bad):
 @pytest.mark.parametrize("bad, message", [
     (dict(master="triple"), "master is 'triple'"),
     (dict(moment_dtype=torch.float16), "moment_dtype is torch.float16"),
-    (dict(moment_dtype=torch.uint8), "8-bit moments are not implemented"),
+    (dict(moment_dtype=torch.uint8), "moment_dtype is torch.uint8; expected .* or '8bit'"),
+    (dict(moment_dtype="8bit", amsgrad=True), "amsgrad has no 8-bit form"),
     (dict(max_grad_norm=0.0), "max_grad_norm is 0.0"),
     (dict(max_grad_norm=float("nan")), "max_grad_norm is nan"),
     (dict(seed=-1), "seed is -1"),
@@ -331,7 +332,7 @@ def test_what_changes_between_steps_is_seen():
         params, bound = toy()
         optimizer = make(params, bound)
         for step in range(6):
-            optimizer._known = {} if fresh else optimizer._known
+            optimizer._arguments = None if fresh else optimizer._arguments
             fill_grads(params, bound, torch.Generator().manual_seed(step))
             if step == 2:  # weights swapped for others elsewhere in memory, as model.to() and sharding do
                 params["rows"].data = params["rows"].data.clone() * 2

@@ -164,7 +164,7 @@ def test_bfloat16_second_moments_do_not_stall():
 def test_stochastic_rounding_does_not_depend_on_the_blocks(cut, dim):
     """One range or two adjacent ages: the random bits count state elements, not tiles."""
     from alps_kernels.ops.reference import head_adamw_
-    from alps_kernels.ops.updates import Block, Hyper, Update
+    from alps_kernels.ops.updates import Block, Hyper, Numbers, Update
 
     shape = (48, 4) if dim == 0 else (4, 48)
     hyper = Hyper.of(dict(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, maximize=False), 1.0)
@@ -176,7 +176,7 @@ def test_stochastic_rounding_does_not_depend_on_the_blocks(cut, dim):
         grad = torch.randn(shape, generator=generator).bfloat16()
         blocks = tuple(Block(dim, a, b, a * 4 if dim == 0 else a, other) for a, b in zip(edges, edges[1:], strict=False))
         moments = [torch.zeros(192, dtype=torch.bfloat16) for _ in range(2)]
-        head_adamw_([Update("w", param, grad, blocks, *moments, None, None, "stochastic", (hyper,), 0)], seed=3)
+        head_adamw_([Update("w", param, grad, blocks, *moments, master="stochastic")], Numbers([hyper]), seed=3)
         results.append((param, *moments))
     assert all(same_bytes(a, b) for a, b in zip(*results, strict=True))
 

@@ -21,7 +21,10 @@ PRECISIONS = [
     (torch.float16, "split", torch.float32),
     (torch.float16, "stochastic", torch.float32),
     (torch.float16, None, torch.float32),
+    (torch.float32, None, "8bit"),
+    (torch.bfloat16, "split", "8bit"),
 ]
+CODES = {"8bit": [torch.int8, torch.uint8]}
 
 
 def through_file(state):
@@ -63,7 +66,7 @@ def test_state_dicts_load_both_ways_where_whole_parameters_train(amsgrad):
 @pytest.mark.parametrize("dtype, master, moments", PRECISIONS, ids=str)
 @pytest.mark.parametrize("stop", [1, 4])
 def test_resume_is_bit_equal_and_keeps_dtypes(dtype, master, moments, stop):
-    options = dict(master=master, moment_dtype=moments, amsgrad=stop == 4, max_grad_norm=3.0, seed=7)
+    options = dict(master=master, moment_dtype=moments, amsgrad=stop == 4 and moments != "8bit", max_grad_norm=3.0, seed=7)
     params, bound = toy(dtype)
     optimizer = make(params, bound, **options)
     run(params, optimizer, bound, stop)
@@ -77,7 +80,8 @@ def test_resume_is_bit_equal_and_keeps_dtypes(dtype, master, moments, stop):
     other.load_state_dict(state)
     for part in rebound.params:
         entry = other.state[part.param]
-        assert entry["exp_avg"].dtype == entry["exp_avg_sq"].dtype == moments and entry["step"].dtype == torch.float32
+        assert [entry["exp_avg"].dtype, entry["exp_avg_sq"].dtype] == CODES.get(moments, [moments] * 2)
+        assert entry["step"].dtype == torch.float32 and ("exp_avg_scale" in entry) == (moments == "8bit")
         assert ("master_lo" in entry) == (master == "split" and dtype != torch.float32)
     run(again, other, rebound, 3, seed=5)
     assert all(same_bytes(again[name], params[name]) for name in params)

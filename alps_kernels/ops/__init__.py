@@ -31,7 +31,7 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 
 def triton_type(dtype: torch.dtype):
-    """Triton's name of a floating-point dtype that kernels take."""
+    """Triton's name of a dtype that kernels take; int8 stands for 8-bit moments."""
     import triton.language as tl
 
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}[dtype]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,16 +11,17 @@ from torch import Tensor
 
 from .updates import Block, Hyper, Update, matrix
 
-ROWS, COLS = 16, 64  # of a tile: 1,024 elements, 8 for each thread of 4 warps
+TILE = 1024  # elements: 8 for each thread of 4 warps
 VECTOR = 8  # elements: 16 bytes of a 16-bit type
+QUANTUM = 64  # elements of 8-bit moments that share a scale
 ROOT2 = Hyper._fields.index("root2")
 
 
 class Tile(NamedTuple):
-    """A row of the work list: a rectangle of at most [ROWS, COLS] elements, all counts in elements.
+    """A row of the work list: `limit` elements of a rectangle, row after row; all counts in elements.
 
-    A flat run is a rectangle of COLS columns whose strides are COLS and whose last row may end
-    early. Offsets count from the first element of param, grad and state.
+    Element k lies in row (first + k) // width and column (first + k) % width; the offsets are
+    those of row 0 and column 0 in param, grad, state and mirror. A flat run is one row.
     """
 
     param: int
@@ -30,71 +32,114 @@ class Tile(NamedTuple):
     p_stride: int
     g_stride: int
     s_stride: int
-    n_cols: int
-    limit: int  # elements row * COLS + col at and beyond it do not exist
+    first: int
+    width: int
+    limit: int
+    scale: int  # the first of its scales
+    w_off: int
+    w_stride: int
 
 
-def tiles_of(update: Update, param: int, hyper: int) -> Tensor:
-    """The tiles of one parameter, int64 [n, len(Tile)]; `hyper` is the number of its first row of numbers."""
+LENGTHS = [i for i, name in enumerate(Tile._fields) if name not in ("param", "hyper", "scale")]
+
+
+class Pointers(NamedTuple):
+    """A row of the pointer table: addresses, 0 for none; then the first row of numbers, stream and seed."""
+
+    param: int
+    grad: int
+    exp_avg: int
+    exp_avg_sq: int
+    max_exp_avg_sq: int
+    low: int
+    exp_avg_scale: int
+    exp_avg_sq_scale: int
+    mirror: int
+    hyper: int
+    stream: int
+    seed: int
+
+
+WIDE = [i for i, name in enumerate(Pointers._fields[:9]) if not name.endswith("scale")]  # read 16 bytes at a time
+
+
+def tiles_of(update: Update, param: int) -> Tensor:
+    """The tiles of one parameter, int64 [n, len(Tile)]."""
+    whole = update.param.numel()
     if update.blocks is None:
-        return _flat(Tile(param, hyper, 0, 0, 0, COLS, COLS, COLS, COLS, 0), update.param.numel())
-    pieces = []
-    p_stride, g_stride = matrix(update.param).stride(0), matrix(update.grad).stride(0)
+        return _tiles(Tile(param, 0, 0, 0, 0, 0, 0, 0, 0, whole, 0, 0, 0, 0), 1, whole)
+    pieces, scale = [], 0
     n_rows, n_cols = matrix(update.param).shape
-    for index, block in enumerate(update.blocks):
-        row = hyper + (index if update.n_hypers > 1 else 0)
-        if block.dim == 0 and p_stride == g_stride == block.stride == n_cols:
-            start = block.start * n_cols
-            first = Tile(param, row, start, start, block.offset, COLS, COLS, COLS, COLS, 0)
-            pieces.append(_flat(first, (block.stop - block.start) * n_cols))
-        else:
-            pieces.append(_rectangles(block, param, row, p_stride, g_stride, n_rows, n_cols))
+    strides = [matrix(update.param).stride(0), matrix(update.grad).stride(0)]
+    w_stride = 0 if update.mirror is None else matrix(update.mirror).stride(0)
+    for block in update.blocks:
+        starts = [_start(block, stride) for stride in strides]
+        w_start = 0 if update.mirror is None else _start(block._replace(start=block.mirror), w_stride)
+        size = block.stop - block.start
+        height, width = (size, n_cols) if block.dim == 0 else (n_rows, size)
+        if {*strides, block.stride, w_stride or width} == {width} or height == 1:
+            height, width = 1, height * width
+        pieces.append(_tiles(Tile(param, block.span if update.n_rows > 1 else 0, *starts, block.offset, *strides,
+                                  block.stride, 0, width, 0, scale, w_start, w_stride), height, width))
+        scale += n_scales(block, update.param)
     return torch.cat(pieces) if pieces else torch.empty(0, len(Tile._fields), dtype=torch.int64)
 
 
-def _flat(first: Tile, n: int) -> Tensor:
-    at = torch.arange(0, n, ROWS * COLS, dtype=torch.int64)
-    tiles = torch.tensor(first, dtype=torch.int64).repeat(len(at), 1)
-    tiles[:, 2:5] += at[:, None]
-    tiles[:, 9] = (n - at).clamp(max=ROWS * COLS)
-    return tiles
+def _start(block: Block, stride: int) -> int:
+    return block.start * (stride if block.dim == 0 else 1)
 
 
-def _rectangles(block: Block, param: int, hyper: int, p_stride: int, g_stride: int, n_rows: int, n_cols: int) -> Tensor:
-    (top, left), height, width = ((block.start, 0), block.stop - block.start, n_cols) if block.dim == 0 else (
-        (0, block.start), n_rows, block.stop - block.start)
-    at = torch.cartesian_prod(torch.arange(0, height, ROWS), torch.arange(0, width, COLS)).view(-1, 2)
-    down, right = at[:, 0], at[:, 1]
-    columns = {
-        "param": torch.full_like(down, param), "hyper": torch.full_like(down, hyper),
-        "p_off": (top + down) * p_stride + left + right, "g_off": (top + down) * g_stride + left + right,
-        "s_off": block.offset + down * block.stride + right,
-        "p_stride": torch.full_like(down, p_stride), "g_stride": torch.full_like(down, g_stride),
-        "s_stride": torch.full_like(down, block.stride),
-        "n_cols": (width - right).clamp(max=COLS), "limit": (height - down).clamp(max=ROWS) * COLS,
-    }
-    return torch.stack([columns[name] for name in Tile._fields], 1)
+def _tiles(first: Tile, height: int, width: int) -> Tensor:
+    """The tiles of a rectangle whose row 0 and column 0 lie where `first` says."""
+    n = height * width
+    at = torch.arange(0, n, TILE, dtype=torch.int64)
+    tiles = {name: torch.full_like(at, value) for name, value in first._asdict().items()}
+    for name in ("p", "g", "s", "w"):
+        tiles[f"{name}_off"] += at if height == 1 else at // max(width, 1) * tiles[f"{name}_stride"]
+    if height == 1:  # tiles of one row each: strides and width mean nothing
+        for name in ("p_stride", "g_stride", "s_stride", "w_stride", "width"):
+            tiles[name].fill_(TILE)
+    else:
+        tiles["first"] = at % max(width, 1)
+    tiles["limit"] = (n - at).clamp(max=TILE)
+    tiles["scale"] += at // QUANTUM
+    return torch.stack([tiles[name] for name in Tile._fields], 1)
 
 
-def pointers_of(update: Update, seed: int) -> tuple[int, ...]:
-    """A row of the pointer table: addresses of param, grad, the moments and low; then stream and seed."""
-    tensors = (update.param, update.grad, update.exp_avg, update.exp_avg_sq, update.max_exp_avg_sq, update.low)
-    return (*(0 if t is None else t.data_ptr() for t in tensors), update.stream, seed - 2**64 * (seed >= 2**63))
+def n_scales(block: Block | None, param: Tensor) -> int:
+    """How many scales the 8-bit moments of a block have; None: of the whole parameter."""
+    rows, cols = matrix(param).shape
+    if block is not None:
+        rows, cols = (block.stop - block.start, cols) if block.dim == 0 else (rows, block.stop - block.start)
+    return -(-rows * cols // QUANTUM)
+
+
+def pointers_of(update: Update, seed: int) -> Pointers:
+    tensors = (update.param, update.grad, update.exp_avg, update.exp_avg_sq, update.max_exp_avg_sq, update.low,
+               *(update.scales or (None, None)), update.mirror)
+    return Pointers(*(0 if t is None else t.data_ptr() for t in tensors), update.row, update.stream,
+                    seed - 2**64 * (seed >= 2**63))
+
+
+def with_grads(pointers: array, grads: Sequence[int]) -> array:
+    """A pointer table, row after row, with other addresses of gradients."""
+    moved = array("q", pointers)
+    moved[Pointers._fields.index("grad")::len(Pointers._fields)] = array("q", grads)
+    return moved
 
 
 def aligned(tiles: Tensor, pointers: Sequence[int]) -> bool:
     """Every access of these tiles may be 16 bytes wide."""
-    return not any(p % 16 for p in pointers[:6]) and not bool((tiles[:, 2:] % VECTOR).any())
+    return not any(pointers[i] % 16 for i in WIDE) and not bool((tiles[:, LENGTHS] % VECTOR).any())
 
 
-def numbers(hypers: Sequence[tuple[Hyper, ...] | Tensor]) -> Tensor:
-    """The table of numbers, float32 [n, len(Hyper)]: as they are, but for the inverse of root2."""
-    if isinstance(hypers[0], Tensor):
-        table, which = torch.cat(list(hypers)), None
-    else:  # most rows are one and the same object
-        rows = [row for rows in hypers for row in rows]
-        distinct = {id(row): row for row in rows}
-        place = {key: i for i, key in enumerate(distinct)}
-        table, which = torch.tensor(list(distinct.values()), dtype=torch.float64), [place[id(row)] for row in rows]
+def packed(rows: Sequence[Hyper]) -> list[float]:
+    """The table of numbers, row after row, as the kernel reads it: with the inverse of root2."""
+    return [x for row in rows for x in (*row[:ROOT2], 1 / row[ROOT2], *row[ROOT2 + 1:])]
+
+
+def packed_on_device(table: Tensor) -> Tensor:
+    """The same of rows that are on their device, float64 [n, len(Hyper)] -> float32."""
+    table = table.clone()
     table[:, ROOT2].reciprocal_()
-    return table.float() if which is None else table.float()[which]
+    return table.float()

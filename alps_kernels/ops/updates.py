@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,6 +21,8 @@ class Block(NamedTuple):
         start, stop: the half-open range along `dim`.
         offset: the position of its first element in the state.
         stride: elements of state from one of its rows to the next.
+        span: which of the parameter's step counts is its.
+        mirror: where along `dim` the block begins in the parameter's mirror.
     """
 
     dim: int
@@ -29,10 +30,16 @@ class Block(NamedTuple):
     stop: int
     offset: int
     stride: int
+    span: int = 0
+    mirror: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
         """The block as a 2-D view of `tensor`, which has the parameter's shape."""
         return matrix(tensor).narrow(self.dim, self.start, self.stop - self.start)
+
+    def of_mirror(self, weight: Tensor) -> Tensor:
+        """The block's place in the mirror, a 2-D view."""
+        return matrix(weight).narrow(self.dim, self.mirror, self.stop - self.start)
 
     def of_state(self, compact: Tensor, shape: torch.Size) -> Tensor:
         """The block's state as a view [rows, cols] of a compact state tensor, [numel]."""
@@ -73,26 +80,28 @@ class Hyper(NamedTuple):
                    group["eps"], lr / (1 - beta1**step), -1.0 if group["maximize"] else 1.0, step)
 
 
-def hypers_of(group: Mapping[str, Any], steps: Sequence[Tensor]) -> list[tuple[Hyper, ...] | Tensor]:
-    """The numbers of the next step of some parameters of one group.
+@dataclass
+class Numbers:
+    """The numbers of one step, of all its parameters; `Update.row` says which are whose.
 
-    Args:
-        steps: for every parameter the steps taken, a scalar or [n]; on the CPU, or all on one
-            device (`capturable`): then nothing waits for their values, and the numbers are a
-            float64 tensor [n, len(Hyper)] per parameter.
+    Attributes:
+        rows: of parameters whose step the host counts.
+        tables: float64 [n, len(Hyper)], of those whose step only their device knows (`capturable`).
     """
-    counts = [step.numel() for step in steps]
-    taken = torch.cat([step.reshape(-1) for step in steps])
-    if taken.is_cuda:
-        return list(_on_device(group, taken.double() + 1).split(counts))
-    values = taken.tolist()
-    known = {step: Hyper.of(group, step + 1) for step in set(values)}
-    rows = iter(values)
-    return [tuple(known[next(rows)] for _ in range(count)) for count in counts]
+
+    rows: list[Hyper] = field(default_factory=list)
+    tables: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def of(self, update: Update) -> list[Hyper]:
+        """A parameter's rows; waits for its device where that counts."""
+        rows = slice(update.row, update.row + update.n_rows)
+        if not update.counts_on_device:
+            return self.rows[rows]
+        return [Hyper(*row) for row in self.tables[update.param.device][rows].tolist()]
 
 
-def _on_device(group: Mapping[str, Any], steps: Tensor) -> Tensor:
-    """`Hyper.of` in tensor operations, one row for each of `steps` (float64)."""
+def numbers_on_device(group: Mapping[str, Any], steps: Tensor) -> Tensor:
+    """`Hyper.of` in tensor operations, one row for each of `steps` (float64), on their device."""
     lr = group["lr"].to(steps) if isinstance(group["lr"], Tensor) else torch.full_like(steps, group["lr"])
     beta1, beta2 = map(float, group["betas"])
     ones = torch.ones_like(steps)
@@ -105,7 +114,7 @@ def _on_device(group: Mapping[str, Any], steps: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Update:
-    """One parameter of one step; kept for the next one, which changes `hypers` and perhaps nothing else.
+    """One parameter of one step; kept for the next one, which may change `grad` and nothing else.
 
     Attributes:
         name: for errors.
@@ -113,14 +122,18 @@ class Update:
             and in the state, the shards of this rank are taken.
         blocks: what trains; None: the whole parameter, and state of the parameter's shape.
         exp_avg, exp_avg_sq, max_exp_avg_sq: the state; the last only with amsgrad.
-        state: where the optimizer keeps these tensors.
-        owner, sharded: the parameter as the optimizer knows it; whether `param` is a shard of it.
         low: what 16 bits of the parameter do not hold: int16 for "split", of the parameter's
             dtype for "kahan", None otherwise.
         master: None, "split", "kahan" or "stochastic"; only where the parameter has 16 bits.
-        hypers: one for all blocks, or one for each; a float64 tensor [n, len(Hyper)] where
-            only the device knows the step.
         stream: which stream of random bits is this parameter's.
+        row, n_rows: its rows of `Numbers`: one for all blocks, or one for each span of blocks.
+        counts_on_device: its rows are in `Numbers.tables`.
+        scales: of 8-bit exp_avg (int8) and exp_avg_sq (uint8), float32, one for 64 elements of
+            a block, block after block; None for other moments.
+        step: the parameter's step count, where this step is to advance it.
+        owner, sharded: the parameter as the optimizer knows it; whether `param` is a shard of it.
+        mirror: a weight of the parameter's dtype that holds the same values at
+            `Block.mirror`; the step writes them there too.
     """
 
     name: str
@@ -129,12 +142,16 @@ class Update:
     blocks: tuple[Block, ...] | None
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
-    low: Tensor | None
-    master: str | None
-    hypers: tuple[Hyper, ...] | Tensor
-    stream: int
-    state: Mapping[str, Tensor] | None = None
+    max_exp_avg_sq: Tensor | None = None
+    low: Tensor | None = None
+    master: str | None = None
+    stream: int = 0
+    row: int = 0
+    n_rows: int = 1
+    counts_on_device: bool = False
+    scales: tuple[Tensor, Tensor] | None = None
+    mirror: Tensor | None = None
+    step: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.owner, self.sharded = self.param, is_sharded(self.param)
@@ -142,55 +159,27 @@ class Update:
             self.param, self.grad = local(self.param), local(self.grad)
             self.exp_avg, self.exp_avg_sq = local(self.exp_avg), local(self.exp_avg_sq)
             self.max_exp_avg_sq, self.low = (t if t is None else local(t) for t in (self.max_exp_avg_sq, self.low))
-        self.addresses = (self.param.data_ptr(), self.grad.data_ptr())
-        self._grad = weakref.ref(self.grad)
-
-    def release(self) -> None:
-        """Forget the gradient, so that `zero_grad` frees its memory."""
-        self.grad = None
-
-    def holds(self, grad: Tensor, amsgrad: bool) -> bool:
-        """The tensors are still these, where they were; then the gradient is taken up again."""
-        state = self.state
-        if self.sharded:
-            if local(self.owner) is not self.param:
-                return False
-            grad, state = local(grad), {key: local(value) for key, value in state.items()}
-        if (grad is not self._grad() or state.get("exp_avg") is not self.exp_avg
-                or state.get("exp_avg_sq") is not self.exp_avg_sq
-                or state.get("max_exp_avg_sq") is not self.max_exp_avg_sq or amsgrad == (self.max_exp_avg_sq is None)
-                or state.get("master_lo", state.get("kahan")) is not self.low
-                or self.addresses != (self.param.data_ptr(), grad.data_ptr())):
-            return False
-        self.grad = grad
-        return True
 
     @cached_property
     def launch(self) -> tuple:
         """What tensors share that share a launch."""
         return (self.param.device, self.param.dtype, self.grad.dtype, self.exp_avg.dtype, self.master,
-                self.max_exp_avg_sq is not None)
+                self.max_exp_avg_sq is not None, self.counts_on_device)
 
-    @cached_property
+    @property
     def launchable(self) -> bool:
         """The kernel can address it: contiguous where all of it trains, else with contiguous rows."""
-        tensors = (self.param, self.grad)
+        tensors = (self.param, self.grad) if self.mirror is None else (self.param, self.grad, self.mirror)
         if torch.float64 in (self.param.dtype, self.grad.dtype):
             return False
         if self.blocks is None:
             return all(t.is_contiguous() for t in tensors)
         return all(t.is_contiguous() or t.ndim == 1 or (t.ndim == 2 and t.stride(1) == 1) for t in tensors)
 
-    @property
-    def n_hypers(self) -> int:
-        return len(self.hypers)
-
-    def parts(self) -> list[tuple[Hyper, list[Block | None]]]:
+    def parts(self, numbers: Numbers) -> list[tuple[Hyper, list[Block | None]]]:
         """The blocks that share their numbers, None for the whole parameter."""
         blocks = list(self.blocks) if self.blocks is not None else [None]
-        hypers = self.hypers
-        if isinstance(hypers, Tensor):
-            hypers = tuple(Hyper(*row) for row in hypers.tolist())
-        if len(hypers) == 1:
-            return [(hypers[0], blocks)]
-        return [(hyper, [block]) for hyper, block in zip(hypers, blocks, strict=True)]
+        rows = numbers.of(self)
+        if len(rows) == 1:
+            return [(rows[0], blocks)]
+        return [(row, [block for block in blocks if block.span == span]) for span, row in enumerate(rows)]

@@ -13,8 +13,22 @@ def kernel(dtype, master, moments, amsgrad, ranges=checks.ALIGNED):
 
 plain = kernel(torch.float32, None, torch.float32, False)
 odd = kernel(torch.float32, None, torch.float32, False, checks.ODD)
+eight = kernel(torch.float32, None, checks.EIGHT, False)
+leaf = lambda: checks.test_a_leaf_writes_its_weight_and_moves_as_the_unsliced_weight(  # noqa: E731
+    1, ((8, 24), (40, 48)), "triton", torch.float32, None, torch.float32)
+
+
+def many(moments, kind="aligned"):
+    ranges = {"aligned": ((0, 24), (40, 56)), "odd": ((1, 22), (30, 53))}[kind]
+
+    def check():
+        with pytest.MonkeyPatch.context() as patch:
+            checks.test_tiles_of_any_size_give_the_same_bits(ranges, moments, patch)
+
+    return check
+
+
 formula = lambda: checks.test_head_adamw_is_the_formula_in_float64(torch.float32)  # noqa: E731
-ROW_MASK = "mask = (cols < n_cols) & (rows * COLS + cols < limit)\n    wide_rows"
 
 FAULTS = {
     "no decay": ("numerics.py", [("    p = p * decay\n", "")], formula),
@@ -29,11 +43,14 @@ FAULTS = {
     "the running maximum forgets": ("numerics.py", [("(v > v_max) | (v != v), v, v_max)", "v > v_max, v, v)")],
                                     kernel(torch.float32, None, torch.bfloat16, True)),
     # A mask that lets too much through would write over the test's own memory: one that lets too little.
-    "the last element of a run skipped": ("head_adamw.py", [(ROW_MASK, ROW_MASK.replace("< limit", "< limit - 1"))], odd),
-    "the last column skipped": ("head_adamw.py", [(ROW_MASK, ROW_MASK.replace("< n_cols", "< n_cols - 1"))], odd),
-    "the offset of the state lost": ("head_adamw.py", [("offs_state = s_off + ", "offs_state = ")], plain),
-    "the gradient at the parameter's place": ("head_adamw.py", [("(g_off + wide_rows * g_stride + cols)",
-                                                                 "(p_off + wide_rows * p_stride + cols)")],
+    "the last element of a run skipped": ("head_adamw.py", [("mask = count < limit", "mask = count < limit - 1")], odd),
+    "the last eight of a run skipped": ("head_adamw.py", [("* 8 < limit\n", "* 8 < limit - 8\n")], plain),
+    "the row of a tile not counted from its first": ("head_adamw.py", [("row = (first + count) // width", "row = count // width")],
+                                                    many(torch.bfloat16, "odd")),
+    "columns of a row taken for rows": ("head_adamw.py", [("row = at // (width // 8)", "row = at // width")], plain),
+    "the offset of the state lost": ("head_adamw.py", [("place = _field(tile, 4, ALIGNED) + ", "place = ")], plain),
+    "the gradient at the parameter's place": ("head_adamw.py", [("offs_g = _field(tile, 3, ALIGNED) + row * _field(tile, 6, ALIGNED)",
+                                                                 "offs_g = _field(tile, 2, ALIGNED) + row * _field(tile, 5, ALIGNED)")],
                                               checks.test_strided_rows_and_gradients_of_another_layout),
     "the factor of the gradients ignored": ("head_adamw.py", [("factor *= tl.load(control_ptr)", "factor *= 1.0")],
                                             lambda: checks.test_scaling_and_clipping(checks.ALIGNED)),
@@ -49,15 +66,31 @@ FAULTS = {
                                                     ("rest = tl.where(tl.abs(wide) <= FINITE, x - wide, 0.0) / unit_fp16(wide)",
                                                      "rest = tl.where(tl.abs(wide) <= FINITE, x - wide, 0.0) * 67108864.0")],
                                     kernel(torch.float16, "split", torch.float32, False)),
-    "bits of eight elements in another order": ("numerics.py", [("tl.interleave(w0, w2), tl.interleave(w1, w3)",
-                                                                 "tl.interleave(w0, w1), tl.interleave(w2, w3)")],
+    "bits of eight elements in another order": ("numerics.py", [("tl.where(which < 2, w0, w1)", "tl.where(which < 2, w1, w0)")],
                                                 kernel(torch.bfloat16, "stochastic", torch.bfloat16, True)),
-    "bits of odd runs by tile": ("numerics.py", [("index = first + rows * stride", "index = rows * stride")],
+    "bits of odd runs twice": ("numerics.py", [("(lane if BY_EIGHT else place & 7)", "(lane if BY_EIGHT else place & 3)")],
                                  kernel(torch.bfloat16, "stochastic", torch.bfloat16, True, checks.ODD)),
-    "both moments rounded by the same bits": ("head_adamw.py", [("step, stream + 2,", "step, stream + 1,")],
+    "both moments rounded by the same bits": ("head_adamw.py", [("noise = random16(place, lane, seed, step, stream + 2",
+                                                                 "noise = random16(place, lane, seed, step, stream + 1")],
                                               kernel(torch.float32, None, torch.bfloat16, True)),
-    "the norm of what lies beside": ("head_adamw.py", [("(g_off + rows.to(tl.int64) * g_stride + cols), mask=mask",
-                                                        "(rows.to(tl.int64) * g_stride + cols), mask=mask")],
+    "codes of first moments up": ("numerics.py", [("1e-38)) + ROUND) - ROUND", "1e-38)) + 1.0 + ROUND) - ROUND")], eight),
+    "the scale of the tile's first 64": ("head_adamw.py", [("m_scale_ptrs = _pointer(pointers + 6, tl.float32, False) + (tl.load(tile + 11) + group // 8)",
+                                                            "m_scale_ptrs = _pointer(pointers + 6, tl.float32, False) + tl.load(tile + 11) + 0 * group")],
+                                         many(checks.EIGHT)),
+    "the scale of another tile": ("head_adamw.py", [("v_scale_ptrs = _pointer(pointers + 7, tl.float32, False) + (tl.load(tile + 11) + group // 8)",
+                                                     "v_scale_ptrs = _pointer(pointers + 7, tl.float32, False) + group // 8")],
+                                  many(checks.EIGHT)),
+    "a scale for each eight": ("numerics.py", [("most = tl.max(tl.reshape(most, [n // 8, 8]), 1, keep_dims=True)",
+                                                "most = tl.min(tl.reshape(most, [n // 8, 8]), 1, keep_dims=True)")], eight),
+    "codes without a sign": ("numerics.py", [("tl.where(code < 0, -(square * square), square * square)", "square * square")], eight),
+    "square roots for fourth roots": ("numerics.py", [("    root = tl.sqrt(tl.sqrt(tl.abs(x)))\n", "    root = tl.sqrt(tl.abs(x))\n")],
+                                      eight),
+    "second moments down": ("numerics.py", [("code += tl.where((x - low) * 65536.0 >", "code += tl.where((x - low) * 0.0 >")], eight),
+    "the mirror forgotten": ("head_adamw.py", [("if tl.load(pointers + 8) != 0:", "if tl.load(pointers + 8) == 1:")], leaf),
+    "the mirror at the leaf's place": ("head_adamw.py", [("offs_w = _field(tile, 12, ALIGNED) + row * _field(tile, 13, ALIGNED)",
+                                                          "offs_w = _field(tile, 2, ALIGNED) + row * _field(tile, 13, ALIGNED)")],
+                                       leaf),
+    "the norm of what lies beside": ("head_adamw.py", [("        _field(tile, 3, ALIGNED) + row", "        row")],
                                      checks.test_the_gradient_norm_is_of_the_selection_and_repeats),
 }
 
