@@ -45,6 +45,7 @@ class Mirror:
     def _forget(self) -> None:
         self._known: tuple = (None, None)
         self._stamp: tuple | None = None
+        self._kept: tuple | None = None
         self.formed = False  # a gradient, since weight and leaf last agreed
         self._told = False
         self._grad_mode: bool | None = None  # of the last forward
@@ -92,7 +93,7 @@ class Mirror:
         """From now on the module's parameters are these objects. They count as different until a copy."""
         weight, leaf = self.weight, self.leaf
         self._known = (weakref.ref(weight), weakref.ref(leaf))
-        self._stamp = None
+        self._stamp = self._kept = None
         _register(_BY_WEIGHT, weight, self)
         _register(_BY_LEAF, leaf, self)
 
@@ -158,8 +159,17 @@ class Mirror:
                 return write_ranges(weight, leaf, self.dim, self.ranges)
         keep = torch.autograd._unsafe_preserve_version_counter(weight) if silent else nullcontext()
         with torch.no_grad(), keep:
-            for block, part in self.pairs(weight, leaf):
-                block.copy_(part)
+            torch._foreach_copy_(*self._views(weight, leaf))
+
+    def _views(self, weight: Tensor, leaf: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The parts of weight and leaf, `pairs` apart; kept for the module's own parameters: they cost more than the copy."""
+        key = (weight.data_ptr(), leaf.data_ptr(), weight.dtype, leaf.dtype)
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        views = tuple(map(list, zip(*self.pairs(weight.detach(), leaf.detach()), strict=True)))
+        if self.owns(weight, leaf) and not torch.is_inference_mode_enabled():
+            self._kept = (key, views)
+        return views
 
     def stepped(self, leaf: Tensor) -> None:
         """An optimizer made a step on the leaf: copy, unless it told (`written`) that it did so itself.

@@ -24,8 +24,10 @@ class Counts(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         self.ops[name] = self.ops.get(name, 0) + 1
-        if name in ("copy_", "_foreach_copy_"):
+        if name == "copy_":
             self.copied += args[0].nbytes
+        elif name == "_foreach_copy_":
+            self.copied += sum(tensor.nbytes for tensor in args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -153,6 +155,16 @@ def test_the_next_forward_sees_every_change(model_type, change):
         CHANGES[change](sliced, bound)
         got, want = loss_of(sliced, 5), as_if_fresh(sliced)
     assert torch.equal(got, want) and want.item() != before
+
+
+def test_changes_one_after_another():
+    _, _, sliced, bound = pair()
+    for change in ("in_place", "new_storage", "weight_moved", "SGD", "replaced", "in_place", "weight_replaced", "in_place"):
+        CHANGES[change](sliced, bound)
+        before = loss_of(sliced, 5)
+        assert torch.equal(before, as_if_fresh(sliced)), change
+        in_place(sliced, bound)
+        assert torch.equal(loss_of(sliced, 5), as_if_fresh(sliced)), change
 
 
 @pytest.mark.parametrize("change", ["by_hand", "SGD", "AdamW fused", "HeadAdamW"])

@@ -26,10 +26,12 @@ def gradients_of(model_type, *parts):
 
 # name: (module, [edits], the check that must fail)
 FAULTS = {
-    "a copy that never comes": (mirrors, [("                block.copy_(part)", "                pass")], forward_sees("SGD")),
+    "a copy that never comes": (mirrors, [("            torch._foreach_copy_(*self._views(weight, leaf))", "            pass")], forward_sees("SGD")),
     "the range before": (mirrors, [("weight.narrow(self.dim, start, stop - start) for",
                                     "weight.narrow(self.dim, max(start - 1, 0), stop - start) for")],
                          lambda: gradients.test_training_is_training_under_a_mask("llama")),
+    "views of storage that is gone": (mirrors, [("self._kept is not None and self._kept[0] == key", "self._kept is not None")],
+                                      current.test_changes_one_after_another),
     "an in-place change unseen": (mirrors, [("return leaf._version, leaf", "return 0, leaf")], forward_sees("in_place")),
     "new storage unseen": (mirrors, [("leaf._version, leaf.data_ptr(), weight", "leaf._version, 0, weight")],
                            forward_sees("new_storage")),
