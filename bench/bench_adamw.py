@@ -88,9 +88,10 @@ def moved(optimizer: torch.optim.Optimizer, numel: int, size: int, mask: int = 0
             "note": ", ".join(filter(None, (f"{per_element:.1f} B an element", note)))}
 
 
-def contest(params: dict[str, nn.Parameter], bound: BoundSelection, dtype: torch.dtype) -> dict[str, Callable[[], Entry]]:
+def contest(params: dict[str, nn.Parameter], bound: BoundSelection,
+            dtype: torch.dtype) -> dict[str, Callable[[], Entry]]:
     """Ours first, the default precision above all: every ratio refers to it."""
-    kinds = PRECISIONS if dtype != torch.float32 else [kind for kind in PRECISIONS if kind.get("master", "split") == "split"]
+    kinds = [kind for kind in PRECISIONS if dtype != torch.float32 or "master" not in kind]
     entries = {f"{OURS} {describe(kind)}".strip(): partial(ours, params, bound, **kind) for kind in kinds}
     entries |= {f"torch AdamW {kind} + mask": partial(masked, params, bound, kind) for kind in ("foreach", "fused")}
     return entries | {f"{name}, dense": partial(dense, name, bound, dtype) for name in RIVALS}

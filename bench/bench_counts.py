@@ -62,7 +62,8 @@ def check(case: Case, steps: dict[tuple[str, float], Step]) -> None:
         gate(f"gradients, {at}", step.grads == element * step.trained,
              f"{step.grads:,} bytes for {step.trained:,} elements of {element}")
         steps_own = step.state - per_element * step.trained  # the step counts: four bytes a tensor
-        gate(f"state, {at}", 0 <= steps_own <= 4 * 4 * 1024, f"{per_element} bytes an element and {steps_own} of step counts")
+        gate(f"state, {at}", 0 <= steps_own <= 4 * 4 * 1024,
+             f"{per_element} bytes an element and {steps_own} of step counts")
         gate(f"weight-gradient FLOPs, {at}", step.backward.weight_flops == 2 * case.tokens * step.trained,
              f"{step.backward.weight_flops:,} = 2 x {case.tokens} tokens x elements")
         same = step.forward == frozen.forward

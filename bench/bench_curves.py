@@ -30,7 +30,8 @@ from bench.counting import state_bytes
 from bench.race import Unavailable
 from bench.rivals import rival
 
-COLUMNS = (*ENVIRONMENT, "bench", "case", "kind", "step", "loss", "test_loss", "distance", "same", "state_bytes", "note")
+COLUMNS = (*ENVIRONMENT, "bench", "case", "kind", "step", "loss", "test_loss", "distance", "same", "state_bytes",
+           "note")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = "fp32"
 
@@ -67,7 +68,9 @@ class Task:
     lr: float
 
 
-def prepared(layers: int | None, steps: int, batch: int, lr: float, seed: int = 0) -> tuple[Callable[[], nn.Module], Task]:
+def prepared(layers: int | None, steps: int, batch: int, lr: float,
+             seed: int = 0) -> tuple[Callable[[], nn.Module], Task]:
+    """What gives a fresh model, and the task, both the same for every run."""
     from alps_kernels.demo.run import smollm2
 
     base, tokenizer = smollm2()
@@ -85,7 +88,8 @@ def prepared(layers: int | None, steps: int, batch: int, lr: float, seed: int = 
     return fresh, Task(batches, chain_sum.collate(tokenizer, test), heads, lr)
 
 
-def train(model: nn.Module, kind: Kind, task: Task, say: Callable[[int, float, float | None], None]) -> tuple[Tensor, int]:
+def train(model: nn.Module, kind: Kind, task: Task,
+          say: Callable[[int, float, float | None], None]) -> tuple[Tensor, int]:
     """Train; the trained slices afterwards in float32, compact, and the bytes of optimizer state."""
     model = model.to(kind.dtype).train()
     bound = slice_heads(model, task.heads)
@@ -118,7 +122,8 @@ def tested(model: nn.Module, task: Task) -> float:
     return loss
 
 
-def rows_of(name: str, case: str, fresh: Callable[[], nn.Module], task: Task, start: Tensor, end: Tensor | None) -> tuple[list[dict], Tensor | None]:
+def rows_of(name: str, case: str, fresh: Callable[[], nn.Module], task: Task, start: Tensor,
+            end: Tensor | None) -> tuple[list[dict], Tensor | None]:
     """One run: a row for every step; the last one says how far the run came out from the fp32 one."""
     rows = []
 
@@ -130,8 +135,8 @@ def rows_of(name: str, case: str, fresh: Callable[[], nn.Module], task: Task, st
     except (Unavailable, ValueError) as error:
         return [{"case": case, "kind": name, "note": f"not run: {error}"}], None
     end = found if end is None else end
-    rows[-1] |= {"distance": ((found - end).norm() / (end - start).norm()).item(), "same": (found == start).float().mean().item(),
-                 "state_bytes": state}
+    distance = (found - end).norm() / (end - start).norm()
+    rows[-1] |= {"distance": distance.item(), "same": (found == start).float().mean().item(), "state_bytes": state}
     return rows, found
 
 
@@ -146,8 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     fresh, task = prepared(args.layers, args.steps, args.batch, args.lr)
     model = fresh()
     start = slices(slice_heads(model, task.heads))
-    case = (f"SmolLM2-135M, {len(model.model.layers)} of 30 layers, {len(task.heads)} heads, chain_sum, batch {args.batch}, "
-            f"lr {args.lr:g} constant, weight decay 0.1, {DEVICE}")
+    case = (f"SmolLM2-135M, {len(model.model.layers)} of 30 layers, {len(task.heads)} heads, chain_sum, "
+            f"batch {args.batch}, lr {args.lr:g} constant, weight decay 0.1, {DEVICE}")
     del model
     print(case)
     end, shown = None, []

@@ -58,8 +58,8 @@ def run(shape: Shape, part: str, ratio: float, adjacent: bool, tokens: int, dtyp
     cut = torch.randn(tokens, width, generator=generator, device=DEVICE).to(dtype)
     other = torch.randn(tokens, shape.hidden, generator=generator, device=DEVICE).to(dtype)
     n_sel = sum(stop - start for start, stop in ranges)
-    case = (f"{shape.name} {part}, one layer, {tokens} tokens, {ratio:.0%} of heads {'adjacent' if adjacent else 'scattered'}, "
-            f"{n_sel} of {width}, {str(dtype)[6:]}")
+    case = (f"{shape.name} {part}, one layer, {tokens} tokens, {ratio:.0%} of heads "
+            f"{'adjacent' if adjacent else 'scattered'}, {n_sel} of {width}, {str(dtype)[6:]}")
 
     found = head_grad(cut, other, ranges, transposed=transposed).double()
     truth = reference.head_grad(cut.double(), other.double(), ranges, transposed=transposed)
@@ -73,8 +73,9 @@ def run(shape: Shape, part: str, ratio: float, adjacent: bool, tokens: int, dtyp
     mask = torch.zeros((shape.hidden, width) if transposed else (width, shape.hidden), dtype=dtype, device=DEVICE)
     for start, stop in ranges:
         mask.narrow(int(transposed), start, stop - start).fill_(1)
-    contest = {"head_grad": (head_grad, n_sel)} | ({"gathered, one GEMM": (gathered, n_sel), "one GEMM a run": (run_by_run, n_sel)}
-                                                  if len(ranges) > 1 else {})
+    contest = {"head_grad": (head_grad, n_sel)}
+    if len(ranges) > 1:
+        contest |= {"gathered, one GEMM": (gathered, n_sel), "one GEMM a run": (run_by_run, n_sel)}
     builders = {name: partial(Entry, partial(call, cut, other, ranges, transposed=transposed), partial(facts, n))
                 for name, (call, n) in contest.items()}
     builders |= {"whole dW": partial(Entry, partial(whole, cut, other, None, transposed), partial(facts, width)),
@@ -95,13 +96,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args(argv)
-    bandwidth = copy_bandwidth()
+    bandwidth, dtype = copy_bandwidth(), getattr(torch, args.dtype)
     for shape in map(SHAPES.get, args.shape):
         for part in ("q", "o"):
             for ratio in args.ratio:
                 one = ratio == 1 or round(ratio * shape.heads) <= 1
                 for adjacent in (True,) if one else (False, True):
-                    timed = run(shape, part, ratio, adjacent, args.tokens, getattr(torch, args.dtype), bandwidth, args.repeats)
+                    timed = run(shape, part, ratio, adjacent, args.tokens, dtype, bandwidth, args.repeats)
                     table(timed, ("rival", "median_ms", "ratio", "peak_mib", "launches", "note"))
                     path = write_rows("dw", timed)
     print(path)

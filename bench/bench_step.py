@@ -47,22 +47,24 @@ def parity(case: Case, ratio: float) -> None:
         with torch.no_grad():
             losses.append(case.loss(step.model).item())
     bound = 1e-5 if case.dtype == torch.float32 else 1e-2
-    gate(f"sliced training, {case.name}", abs(losses[1] / losses[0] - 1) < bound, f"loss {losses[1]:.8g}, unsliced {losses[0]:.8g}")
+    gate(f"sliced training, {case.name}", abs(losses[1] / losses[0] - 1) < bound,
+         f"loss {losses[1]:.8g}, unsliced {losses[0]:.8g}")
 
 
 def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, default="llama8b" if cuda else "smollm2")
-    parser.add_argument("--layers", type=int, default=16 if cuda else 6)
+    parser.add_argument("--layers", type=int, help="default: 16 on a GPU, else all")
     parser.add_argument("--ratio", type=float, default=0.10)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
-    case = CASES[args.case](args.layers, "cuda" if cuda else "cpu")
+    case = CASES[args.case](args.layers or (16 if cuda else None), "cuda" if cuda else "cpu")
     parity(case, args.ratio)
     methods = [name for name in METHODS if name != "frozen model"]
     raced = race({name: partial(entry, case, name, args.ratio) for name in methods}, args.repeats)
-    rows = [{"case": f"{case.name}, {args.ratio:.0%} of heads", "rival": name, **facts} for name, facts in raced.items()]
+    named = f"{case.name}, {args.ratio:.0%} of heads"
+    rows = [{"case": named, "rival": name, **facts} for name, facts in raced.items()]
     reference = raced[LORA].get("median_ms")
     for row in rows:
         if reference and "median_ms" in row:

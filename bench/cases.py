@@ -49,7 +49,8 @@ def smollm2(layers: int | None = None, device: str = "cpu", batch: int = 2, leng
         print(f"SmolLM2-135M with random weights: {error}")
     config = AutoConfig.from_pretrained(folder) if folder else LlamaConfig(
         vocab_size=49152, hidden_size=shape.hidden, intermediate_size=1536, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.groups, head_dim=shape.head_dim, tie_word_embeddings=True)
+        num_attention_heads=shape.heads, num_key_value_heads=shape.groups, head_dim=shape.head_dim,
+        tie_word_embeddings=True)
     n_layers = min(layers or shape.layers, shape.layers)
     ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -59,8 +60,8 @@ def smollm2(layers: int | None = None, device: str = "cpu", batch: int = 2, leng
         return model.to(device).train()
 
     name = f"SmolLM2-135M{'' if folder else ' (random weights)'}, {n_layers} of {shape.layers} layers, float32"
-    return Case(f"{name}, {batch} x {length} tokens, {device}", make, lambda model: model(input_ids=ids, labels=ids).loss,
-                batch * length, torch.float32)
+    return Case(f"{name}, {batch} x {length} tokens, {device}", make,
+                lambda model: model(input_ids=ids, labels=ids).loss, batch * length, torch.float32)
 
 
 def llama8b(layers: int | None = None, device: str = "meta", length: int = 2048) -> Case:
@@ -90,8 +91,8 @@ def llama8b(layers: int | None = None, device: str = "meta", length: int = 2048)
             hidden = layer(hidden, attention_mask=None, position_embeddings=turns)
         return inner.norm(hidden).float().square().mean()
 
-    return Case(f"Llama-3.1-8B layer stack, {n_layers} of {shape.layers} layers, bfloat16, 1 x {length} tokens, {device}",
-                make, loss, length, torch.bfloat16,
+    name = f"Llama-3.1-8B layer stack, {n_layers} of {shape.layers} layers, bfloat16, 1 x {length} tokens, {device}"
+    return Case(name, make, loss, length, torch.bfloat16,
                 {"SHiRA": "PEFT looks for the mask's elements, which the meta device does not have"} if meta else {})
 
 
@@ -105,7 +106,8 @@ def prepared(case: Case, method: str, ratio: float) -> Ready:
     return METHODS[method](model, HeadSelection.random(find_heads(model), ratio, seed=0))
 
 
-def _counted_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, dropout=0.0, **ignored):
+def _counted_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, dropout=0.0,
+                       **ignored):
     """Causal attention by the operator that the CPU runs: on the meta device torch would take the one that keeps
     the whole [tokens, tokens] matrix, which no training run does.
 

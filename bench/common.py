@@ -18,8 +18,9 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 ENVIRONMENT = ("date", "commit", "device", "torch", "triton", "transformers", "python", "command")
-COLUMNS = (*ENVIRONMENT, "bench", "case", "rival", "median_ms", "p20_ms", "p80_ms", "bytes", "gbps", "copy_gbps", "share", "peak_mib",
-           "launches", "ratio", "note")
+COLUMNS = (*ENVIRONMENT, "bench", "case", "rival", "median_ms", "p20_ms", "p80_ms", "bytes", "gbps", "copy_gbps",
+           "share", "peak_mib", "launches", "ratio", "note")
+SHOWN = ("case", "rival", "median_ms", "gbps", "share", "ratio", "note")
 
 
 def device_name() -> str:
@@ -107,13 +108,14 @@ def write_rows(name: str, rows: Sequence[dict], columns: Sequence[str] = COLUMNS
     return path
 
 
-def table(rows: Sequence[dict], columns: Sequence[str] = ("case", "rival", "median_ms", "gbps", "share", "ratio", "note")) -> None:
+def table(rows: Sequence[dict], columns: Sequence[str] = SHOWN) -> None:
     """Print rows as a table people can read; columns that no row fills are left out."""
     shown = [c for c in columns if any(row.get(c) not in (None, "") for row in rows)]
     lines = [shown, *(["" if row.get(c) is None else str(_short(row[c])) for c in shown] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines))
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _git(*arguments: str) -> str:

@@ -33,7 +33,8 @@ def by_share(folder: Path, bench: str, rows: Sequence[Row]) -> list[str]:
         found = re.search(r"(\d+)% of heads (\w+)", row["case"])
         if not row["median_ms"] or not found or (found[2] == "adjacent" and found[1] != "100"):
             continue
-        fixed = ", ".join(part for part in row["case"].split(", ") if not re.search(r"of heads|elements|^\d+ of \d+$", part))
+        parts = [part for part in row["case"].split(", ") if not re.search(r"of heads|elements|^\d+ of \d+$", part)]
+        fixed = ", ".join(parts)
         lines = groups.setdefault((fixed, row["device"], row["torch"], row["date"]), {})
         lines.setdefault(row["rival"], {})[float(found[1])] = float(row["median_ms"])
     names = []
@@ -83,8 +84,9 @@ def training(folder: Path, bench: str, rows: Sequence[Row]) -> list[str]:
     """Loss curves: how 16-bit weights are kept, and how moments are."""
     last = rows[-1]
     names = []
-    for name, about, member in (("curves-weights.png", "16-bit weights", lambda kind: "8-bit" not in kind),
-                                ("curves-moments.png", "8-bit moments", lambda kind: kind == "fp32" or "8-bit" in kind)):
+    for name, about, member in (
+            ("curves-weights.png", "16-bit weights", lambda kind: "8-bit" not in kind),
+            ("curves-moments.png", "8-bit moments", lambda kind: kind == "fp32" or "8-bit" in kind)):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             if row["case"] == last["case"] and row["loss"] and member(row["kind"]):
@@ -99,14 +101,15 @@ def training(folder: Path, bench: str, rows: Sequence[Row]) -> list[str]:
 
 
 DRAWN: dict[str, Callable[[Path, str, Sequence[Row]], list[str]]] = {
-    "adamw": by_share, "grad_norm": by_share, "dw": by_share, "score": bars, "step": bars, "counts": memory, "curves": training}
+    "adamw": by_share, "grad_norm": by_share, "dw": by_share, "score": bars, "step": bars, "counts": memory,
+    "curves": training}
 
 
 def _lines(path: Path, lines: dict[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, title: str) -> None:
     figure, axes = _figure(6.8, 4.6 + 0.1 * len(lines))
     for index, (label, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), label=label, marker=MARKS[index % len(MARKS)], markersize=5, linewidth=1.4,
-                  linestyle=LINES[index % len(LINES)], color="black" if index == 0 else f"C{index}")
+        axes.plot(*zip(*points, strict=True), label=label, marker=MARKS[index % len(MARKS)], markersize=5,
+                  linewidth=1.4, linestyle=LINES[index % len(LINES)], color="black" if index == 0 else f"C{index}")
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     shares = sorted({share for points in lines.values() for share, _ in points})
     axes.set_xticks(shares, [f"{share:g}" for share in shares])

@@ -33,15 +33,15 @@ def on_gpu(rows: list[dict[str, str]], rival: str, *parts: str, column: str = "m
 def predicted(rows: list[dict[str, str]], counted: list[dict[str, str]]) -> list[str]:
     return [
         "## Predicted for one H100 SXM", "",
-        f"Time = bytes / bandwidth: {DATASHEET / 1e12} TB/s is the datasheet's, {COPY / 1e12} TB/s a device-to-device copy measured on "
-        f"such a card; products at {PRODUCTS / 1e12:.0f} TFLOP/s, an 8192 x 8192 x 8192 bf16 product measured on it. The last column is "
-        "empty where `make gpu` has not yet left a row; which card a row is of stands above.", "",
+        f"Time = bytes / bandwidth: {DATASHEET / 1e12} TB/s is the datasheet's, {COPY / 1e12} TB/s a device-to-device copy "
+        f"measured on such a card; products at {PRODUCTS / 1e12:.0f} TFLOP/s, an 8192 x 8192 x 8192 bf16 product measured "
+        "on it. The last column is empty where `make gpu` has not yet left a row; which card a row is of stands above.", "",
         *steps(rows), *norms(rows), *scores(rows), *gradients(rows), *memory(rows, counted)]
 
 
 def steps(rows: list[dict[str, str]]) -> list[str]:
     lines = ["Optimizer step on q/k/v/o of 10 % scattered heads (groups trained by any of their heads):", "",
-             "| model | dtypes | elements | bytes an element | MB a step | ms at 3.35 TB/s | ms at 3.0 TB/s | ms measured |",
+             "| model | dtypes | elements | bytes each | MB a step | ms at 3.35 TB/s | ms at 3.0 TB/s | ms measured |",
              "|---|---|---|---|---|---|---|---|"]
     for shape in SHAPES.values():
         n = selected_elements(shape, 0.10)
@@ -58,13 +58,14 @@ def norms(rows: list[dict[str, str]]) -> list[str]:
     for shape in SHAPES.values():
         size = 2 * selected_elements(shape, 0.10)
         lines.append(f"| {shape.name} | {size / 1e6:,.0f} | {size / COPY * 1e3:.3f} "
-                     f"| {on_gpu(rows, 'head_grad_norm', shape.name, whole(shape), ' 10% of heads scattered', 'bfloat16')} |")
+                     f"| {on_gpu(rows, 'head_grad_norm', shape.name, whole(shape), ' 10% of heads scattered')} |")
     return [*lines, ""]
 
 
 def scores(rows: list[dict[str, str]]) -> list[str]:
     lines = ["Scoring q/k/v of a bf16 pair: one read of both models is the floor, both passes read them twice.", "",
-             "| model | GB of one read | ms one read at 3.0 TB/s | ms two reads | ms measured |", "|---|---|---|---|---|"]
+             "| model | GB of one read | ms one read at 3.0 TB/s | ms two reads | ms measured |",
+             "|---|---|---|---|---|"]
     for shape in SHAPES.values():
         size = 2 * 2 * shape.layers * shape.hidden * shape.head_dim * (shape.heads + 2 * shape.groups)
         lines.append(f"| {shape.name} | {size / 1e9:.2f} | {size / COPY * 1e3:.3f} | {2 * size / COPY * 1e3:.3f} "
@@ -75,28 +76,31 @@ def scores(rows: list[dict[str, str]]) -> list[str]:
 def gradients(rows: list[dict[str, str]]) -> list[str]:
     """The q of one layer: 2 tokens n_sel hidden FLOPs."""
     lines = [f"Selected dW of one layer's q, 10 % scattered heads, bf16, {TOKENS} tokens; beside it the whole dW:", "",
-             "| model | GFLOP | ms | GFLOP whole | ms | ms measured | ms whole measured |", "|---|---|---|---|---|---|---|"]
+             "| model | GFLOP | ms | GFLOP whole | ms | ms measured | ms whole measured |",
+             "|---|---|---|---|---|---|---|"]
     for shape in SHAPES.values():
-        part, full = (2 * TOKENS * shape.hidden * n * shape.head_dim for n in (max(1, round(0.1 * shape.heads)), shape.heads))
+        selected = max(1, round(0.1 * shape.heads))
+        part, full = (2 * TOKENS * shape.hidden * n * shape.head_dim for n in (selected, shape.heads))
         case = (f"{shape.name} q", f"{TOKENS} tokens", " 10% of heads", "bfloat16")
-        lines.append(f"| {shape.name} | {part / 1e9:.1f} | {part / PRODUCTS * 1e3:.4f} | {full / 1e9:.1f} | {full / PRODUCTS * 1e3:.4f} "
-                     f"| {on_gpu(rows, 'head_grad', *case)} | {on_gpu(rows, 'whole dW', *case)} |")
+        cells = [f"{x:.1f} | {y:.4f}" for x, y in ((part / 1e9, part / PRODUCTS * 1e3), (full / 1e9, full / PRODUCTS * 1e3))]
+        cells += [on_gpu(rows, rival, *case) for rival in ("head_grad", "whole dW")]
+        lines.append(f"| {shape.name} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def memory(rows: list[dict[str, str]], counted: list[dict[str, str]]) -> list[str]:
     """What a step of the Llama-3.1-8B layers allocates: what autograd keeps and the gradients, as counted above."""
-    found = {row["method"]: row for row in counted if row["case"].startswith("Llama-3.1-8B layer stack, 16 of 32 layers")
-             and row["saved_bytes"] and float(row["ratio"]) == 0.10}
+    case = "Llama-3.1-8B layer stack, 16 of 32 layers"
+    found = {row["method"]: row for row in counted
+             if row["case"].startswith(case) and row["saved_bytes"] and float(row["ratio"]) == 0.10}
     if not found:
         return []
-    lines = ["A step of 16 layers of Llama-3.1-8B, bf16, 1 x 2048 tokens: at the least what autograd keeps and, once it is let go, "
-             "the gradients; both at once at the most (the moment of the peak lies between).", "",
+    lines = ["A step of 16 layers of Llama-3.1-8B, bf16, 1 x 2048 tokens: at the least what autograd keeps and, once it is "
+             "let go, the gradients; both at once at the most (the moment of the peak lies between).", "",
              "| | saved MiB | gradients MiB | MiB measured | ms measured |", "|---|---|---|---|---|"]
     for method, row in found.items():
         lines.append(f"| {method} | {float(row['saved_bytes']) / 2**20:,.0f} | {float(row['grad_bytes']) / 2**20:,.0f} "
-                     f"| {on_gpu(rows, method, 'Llama-3.1-8B layer stack, 16 of 32', column='peak_mib')} "
-                     f"| {on_gpu(rows, method, 'Llama-3.1-8B layer stack, 16 of 32')} |")
+                     f"| {on_gpu(rows, method, case, column='peak_mib')} | {on_gpu(rows, method, case)} |")
     return [*lines, ""]
 
 

@@ -75,7 +75,8 @@ def _alone(build: Callable[[], Entry], repeats: int) -> dict:
         entry.call()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
-        return {**measure(entry.call, repeats=repeats), "peak_mib": peak / 2**20, "launches": launches(entry.call), **entry.facts()}
+        return {**measure(entry.call, repeats=repeats), "peak_mib": peak / 2**20, "launches": launches(entry.call),
+                **entry.facts()}
     except Unavailable as error:
         return {"note": f"not run: {error}"}
     except torch.cuda.OutOfMemoryError:
@@ -99,7 +100,8 @@ def launches(call: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         call()
         torch.cuda.synchronize()
-    return sum(event.count for event in profiled.key_averages() if "LaunchKernel" in event.key or "cudaMemcpyAsync" in event.key)
+    return sum(event.count for event in profiled.key_averages()
+               if "LaunchKernel" in event.key or "cudaMemcpyAsync" in event.key)
 
 
 def rows_of(case: str, raced: Mapping[str, dict], bandwidth: float) -> list[dict]:

@@ -23,7 +23,8 @@ CAPTIONS = {
     "adamw": "ms a step (time over HeadAdamW's; GB/s as a share of the copy bandwidth of the same run)",
     "grad_norm": "ms (time over head_grad_norm's; share of the copy bandwidth of the same run)",
     "dw": "ms (time over head_grad's)",
-    "score": "ms (time of the released algorithm over this; share of the copy bandwidth, one read of the weights counted)",
+    "score": "ms (time of the released algorithm over this; share of the copy bandwidth, one read of the weights "
+             "counted)",
     "stream": "ms",
     "step": "ms a step (time over LoRA's); peak: MiB that a step allocates on top of weights and state",
 }
@@ -53,7 +54,8 @@ def measured(tables: dict[str, list[dict[str, str]]], drawn: dict[str, list[str]
             groups.setdefault((*(row[k] for k in CONDITIONS), row["case"].split(",")[0]), []).append(row)
         said = None
         for (device, torch, triton, python, date, commit, command, _), group in groups.items():
-            conditions = f"{device}; torch {torch}, Triton {triton}, Python {python}; {date}, commit {commit}; `{command}`"
+            conditions = (f"{device}; torch {torch}, Triton {triton}, Python {python}; {date}, commit {commit}; "
+                          f"`{command}`")
             if conditions != said:
                 lines += [conditions, ""]
             said = conditions
@@ -63,7 +65,9 @@ def measured(tables: dict[str, list[dict[str, str]]], drawn: dict[str, list[str]
 
 def shown(drawn: dict[str, list[str]], name: str) -> list[str]:
     """The pictures of a benchmark, one to a paragraph."""
-    return [line for file in drawn.get(name, []) for line in (f"![{name}: time or bytes by rival, the conditions in its title](bench/{file})", "")]
+    said = {"counts": "bytes of a step by method", "curves": "loss by step"}.get(name, "time by rival")
+    return [line for file in drawn.get(name, [])
+            for line in (f"![{name}: {said}, the conditions in its title](bench/{file})", "")]
 
 
 def pivot(group: list[dict[str, str]]) -> list[str]:
@@ -81,8 +85,14 @@ def pivot(group: list[dict[str, str]]) -> list[str]:
              "| | " + " | ".join([heads[case] if len(cases) > 1 else "ms" for case in cases] + ["note"] * noted) + " |",
              "|---|" + "---|" * (len(cases) + noted)]
     for rival in rivals:
-        lines.append(f"| {rival} | " + " | ".join([cells.get((rival, case), "") for case in cases] + [one[rival]] * noted) + " |")
+        line = [rival, *(cells.get((rival, case), "") for case in cases), *[one[rival]] * noted]
+        lines.append(f"| {' | '.join(line)} |")
     return lines
+
+
+def taken(row: dict[str, str]) -> list[str]:
+    """What a table is of, and where its numbers are from."""
+    return [f"**{row['case']}**; torch {row['torch']}, {row['date']}, commit {row['commit']}; `{row['command']}`", ""]
 
 
 def cell(row: dict[str, str]) -> str:
@@ -104,17 +114,17 @@ def training(rows: list[dict[str, str]], drawn: dict[str, list[str]]) -> list[st
         return []
     last = rows[-1]
     lines = ["## Training by precision", "",
-             "Distance: of the trained slices from the fp32 run's at the end, over the length of that run's way (l2). Unmoved: share of "
-             "the trained weights that are what they were. Held-out: 64 problems that no batch holds.", "", *shown(drawn, "curves"),
-             f"**{last['case']}**; torch {last['torch']}, {last['date']}, commit {last['commit']}; `{last['command']}`", "",
+             "Distance: of the trained slices from the fp32 run's at the end, over the length of that run's way (l2). Unmoved: "
+             "share of the trained weights that are what they were. Held-out: 64 problems that no batch holds.", "",
+             *shown(drawn, "curves"), *taken(last),
              "| | step | loss | held-out loss | distance | unmoved | state MiB |", "|---|---|---|---|---|---|---|"]
     for kind in dict.fromkeys(row["kind"] for row in rows if row["case"] == last["case"]):
         row = [row for row in rows if row["kind"] == kind and row["case"] == last["case"]][-1]
         if not row["loss"]:
             lines.append(f"| {kind} | {row['note']} | | | | | |")
             continue
-        lines.append(f"| {kind} | {row['step']} | {float(row['loss']):.3f} | {float(row['test_loss']):.3f} | {float(row['distance']):.3f} "
-                     f"| {float(row['same']):.1%} | {float(row['state_bytes']) / MIB:.1f} |")
+        lines.append(f"| {kind} | {row['step']} | {float(row['loss']):.3f} | {float(row['test_loss']):.3f} "
+                     f"| {float(row['distance']):.3f} | {float(row['same']):.1%} | {float(row['state_bytes']) / MIB:.1f} |")
     return [*lines, ""]
 
 
@@ -123,16 +133,18 @@ def counts(rows: list[dict[str, str]], drawn: dict[str, list[str]]) -> list[str]
     if not rows:
         return []
     lines = ["## One training step, counted", "",
-             "Saved: bytes that autograd keeps for the backward pass, distinct storages, parameters not counted. dW: products that "
-             "form weight gradients, a multiplication and an addition counted as two. Forward: operations that move data, and "
-             "bytes they write. The heads are 10 % of all, random, q/k/v, where no other share is named; LoRA is PEFT's on q/k/v "
-             "with adapters in the model's dtype; SHiRA trains as many elements as the selection. Full fine-tuning, masks, LoRA and SHiRA step with torch.optim.AdamW, "
-             "whose moments have the weights' dtype; HeadAdamW keeps float32 moments, and 2 bytes more of a bfloat16 weight.", "",
+             "Saved: bytes that autograd keeps for the backward pass, distinct storages, parameters not counted. dW: products "
+             "that form weight gradients, a multiplication and an addition counted as two. Forward: operations that move data, "
+             "and bytes they write. The heads are 10 % of all, random, q/k/v, where no other share is named; LoRA is PEFT's on "
+             "q/k/v with adapters in the model's dtype; SHiRA trains as many elements as the selection. Full fine-tuning, "
+             "masks, LoRA and SHiRA step with torch.optim.AdamW, whose moments have the weights' dtype; HeadAdamW keeps "
+             "float32 moments, and 2 bytes more of a bfloat16 weight.", "",
              *shown(drawn, "counts")]
     for case in whole_models(rows):
         group = [row for row in rows if row["case"] == case]
-        lines += [f"**{case}**; torch {group[-1]['torch']}, {group[-1]['date']}, commit {group[-1]['commit']}; `{group[-1]['command']}`", "",
-                  "| | trains | saved MiB | gradients MiB | state MiB | dW GFLOP | backward GFLOP | forward |", "|---|---|---|---|---|---|---|---|"]
+        lines += [*taken(group[-1]),
+                  "| | trains | saved MiB | gradients MiB | state MiB | dW GFLOP | backward GFLOP | forward |",
+                  "|---|---|---|---|---|---|---|---|"]
         for row in group:
             name = row["method"] if float(row["ratio"]) == 0.1 else f"{row['method']}, {float(row['ratio']):.0%}"
             if not row["saved_bytes"]:
@@ -168,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     folder, page = Path(os.environ.get("OUT") or RESULTS), PAGE
     if os.environ.get("OUT"):
         page = folder / "results.md"
-    tables = {path.stem: latest(rows_of(path), *KEYS.get(path.stem, ("rival",))) for path in sorted(folder.glob("*.csv"))
-              if path.stem in CAPTIONS or path.stem in KEYS}
+    tables = {path.stem: latest(rows_of(path), *KEYS.get(path.stem, ("rival",)))
+              for path in sorted(folder.glob("*.csv")) if path.stem in CAPTIONS or path.stem in KEYS}
     page.parent.mkdir(parents=True, exist_ok=True)
     drawn = {}
     if find_spec("matplotlib"):
@@ -178,8 +190,10 @@ def main(argv: list[str] | None = None) -> None:
         print("matplotlib is not installed: no pictures")
     counted, trained, patched = (tables.pop(name, []) for name in ("counts", "curves", "patch"))
     rows = [row for group in tables.values() for row in group]
-    page.write_text("\n".join(["# Results", "", "Generated by `python -m bench.report`; every measured row is in `bench/results/`.", "",
-                               *counts(counted, drawn), *training(trained, drawn), *patches(patched), *measured(tables, drawn), *predicted(rows, counted)]))
+    page.write_text("\n".join([
+        "# Results", "", "Generated by `python -m bench.report`; every measured row is in `bench/results/`.", "",
+        *counts(counted, drawn), *training(trained, drawn), *patches(patched), *measured(tables, drawn),
+        *predicted(rows, counted)]))
     print(page)
 
 

@@ -84,7 +84,8 @@ def rival(name: str, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         build([trial]).step()
         return build(params)
     except ImportError as error:
-        raise Unavailable(f"{package} is not installed" if isinstance(error, ModuleNotFoundError) else f"{package}: {error}") from error
+        absent = isinstance(error, ModuleNotFoundError)
+        raise Unavailable(f"{package} is not installed" if absent else f"{package}: {error}") from error
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise Unavailable(f"{package} on {like.device.type}, {str(like.dtype)[6:]}: {said[0]}") from error
