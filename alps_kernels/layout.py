@@ -234,6 +234,8 @@ class HeadLayout:
             ValueError: nothing of that sort is here; the message lists what is.
         """
         if not isinstance(attention, str):
+            if not isinstance(attention, (list, tuple, set, frozenset, range)) or not all(type(i) is int for i in attention):
+                raise TypeError(f"attention is {attention!r}; expected the name of a sort of attention, or layer indices")
             chosen = tuple(sorted(set(attention)))
             if missing := [i for i in chosen if not 0 <= i < len(self.layers)]:
                 raise ValueError(f"layers {missing} are not in this layout of {len(self.layers)}")

@@ -35,9 +35,12 @@ def find_heads(model: nn.Module) -> HeadLayout:
     own, and the extra projections of global or entity tokens (Longformer, LUKE).
 
     Raises:
+        TypeError: it is no module.
         LayoutError: the model has no attention heads, or some that cannot be located; the
             message names the module and why.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
     walk = _Walk(model)
     found = walk.run()
     if walk.problems:

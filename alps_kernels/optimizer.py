@@ -17,7 +17,8 @@ from .placement import like
 from .saved_state import FORMAT, VERSION, read_saved, saved_entry
 from .sharding import sum_of_squares
 from .state import (
-    EIGHT, MOMENTS, SCALE, Slot, check_grad, check_param, check_state, checked_precision, regrown, slot_of, whole,
+    EIGHT, MOMENTS, SCALE, Slot, check_grad, check_overlaps, check_param, check_state,
+    checked_precision, regrown, slot_of, whole,
 )
 
 OURS = ("master", "moment_dtype")  # entries of a param group that torch.optim.AdamW does not have
@@ -91,7 +92,8 @@ class HeadAdamW(torch.optim.Optimizer):
                                   foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused)
         if heads is not None and not isinstance(heads, BoundSelection):
             raise TypeError(f"heads is a {type(heads).__name__}; expected what HeadSelection.bind(model) returns")
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if max_grad_norm is not None and (isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, (int, float))
+                                          or not max_grad_norm > 0):
             raise ValueError(f"max_grad_norm is {max_grad_norm!r}; expected a positive number or None")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
@@ -154,13 +156,14 @@ class HeadAdamW(torch.optim.Optimizer):
     def _make_slots(self, heads: BoundSelection | None) -> dict[Tensor, Slot]:
         chosen = None if heads is None else {id(part.param): part for part in heads.params}
         slots: dict[Tensor, Slot] = {}
-        stream = 0
+        stream, everything = 0, []
         for index, group in enumerate(self.param_groups):
             checked_precision(f"param group {index}", group)
             if group["differentiable"]:
                 raise ValueError("HeadAdamW is not differentiable: its step writes in place; pass differentiable=False")
             names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
             for name, param in zip(names, group["params"], strict=True):
+                everything.append((name if chosen is None or id(param) not in chosen else chosen[id(param)].name, param))
                 part = whole(name, param) if chosen is None else chosen.pop(id(param), None)
                 if part is not None:
                     check_param(part)
@@ -171,6 +174,7 @@ class HeadAdamW(torch.optim.Optimizer):
             raise ValueError(f"{lost.name} holds selected slices but is not among the optimizer's params"
                              f" ({len(chosen)} such); pass model.parameters() of the model that was bound,"
                              " and bind it again after fully_shard, which replaces parameters")
+        check_overlaps(everything, slots)
         return slots
 
     # -- the step ----------------------------------------------------------------------------
@@ -342,6 +346,8 @@ class HeadAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: it is of another selection, precision or model; the difference is named.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"the state dict is a {type(state_dict).__name__}; expected what state_dict() returns")
         read: dict[str, Any] = {}
 
         def take(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

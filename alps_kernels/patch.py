@@ -201,11 +201,12 @@ def _source(model: nn.Module | str | os.PathLike) -> Any:
 def _several(patches: PatchLike | Sequence[PatchLike]) -> list[PatchLike]:
     if isinstance(patches, (str, os.PathLike, HeadPatch)):
         return [patches]
-    patches = list(patches)
+    if not isinstance(patches, (list, tuple)):
+        raise TypeError(f"a patch is a {type(patches).__name__}; expected a file or a HeadPatch")
     for patch in patches:
         if not isinstance(patch, (str, os.PathLike, HeadPatch)):
             raise TypeError(f"a patch is a {type(patch).__name__}; expected a file or a HeadPatch")
-    return patches
+    return list(patches)
 
 
 def _name(patch: PatchLike, names: set[str]) -> str:

@@ -45,6 +45,10 @@ def read_saved(saved: Mapping[str, Any], param_groups: Sequence[Mapping], slots:
     """
     if not isinstance(saved.get("param_groups"), list) or not isinstance(saved.get("state"), dict):
         raise ValueError(f"expected a state dict with 'state' and 'param_groups'; this has {sorted(map(str, saved))}")
+    for position, group in enumerate(saved["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list) \
+                or not all(isinstance(key, (int, str)) for key in group["params"]):
+            raise ValueError(f"param group {position} of the state dict has no list of params")
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [len(group["params"]) for group in param_groups]:
         return {}
@@ -58,6 +62,8 @@ def read_saved(saved: Mapping[str, Any], param_groups: Sequence[Mapping], slots:
     for param, slot in slots.items():
         key, group = index[param]
         if entry := saved["state"].get(key):
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"{slot.name}: its saved state is a {type(entry).__name__}; expected a dict of tensors")
             slots[param], states[param] = read_state(
                 slot, entry, described[key] if described else described_by(slot, entry.get("slices")),
                 amsgrad=group.get("amsgrad", False), device_step=group.get("capturable", False))
@@ -140,8 +146,7 @@ def _read_step(slot: Slot, saved: Any, device_step: bool) -> Tensor:
     if not isinstance(saved, (int, float, Tensor)) or isinstance(saved, bool):
         raise ValueError(f"{slot.name}: the saved state has no step")
     steps = saved.reshape(-1).tolist() if isinstance(saved, Tensor) else [float(saved)]
-    if len(steps) not in (1, len(slot.spans)) or not all(s >= 0 and s == int(s) for s in steps if s == s) \
-            or any(s != s for s in steps):
+    if len(steps) not in (1, len(slot.spans)) or not all(0 <= s < 2**53 and s == int(s) for s in steps):
         raise ValueError(f"{slot.name}: the saved step is {saved}; expected a count, or {len(slot.spans)} of them")
     return slot.step_tensor(steps, device_step)
 

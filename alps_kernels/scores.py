@@ -54,14 +54,19 @@ class HeadScores:
         provenance: dict[str, Any] | None = None,
     ) -> None:
         # A selection of no head checks the counts and the summary as every selection does.
-        model = HeadSelection([], heads_per_layer, summary=summary)
+        model = HeadSelection([], heads_per_layer, summary=summary, provenance=provenance)
         self.heads_per_layer, self.summary = model.heads_per_layer, model.summary
-        self.layers = tuple(layers)
+        for name, value in (("metric", metric), ("representation", representation)):
+            if not isinstance(value, str):
+                raise TypeError(f"{name} is {value!r}; expected its name")
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature!r}; expected a positive number")
+        self.layers = _tuple_of(layers)
         known = range(len(self.heads_per_layer))
         if any(type(i) is not int or i not in known for i in self.layers) or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers {list(self.layers)} are not ascending indices below {len(known)}")
         self.heads = tuple((layer, head) for layer in self.layers for head in range(self.heads_per_layer[layer]))
-        self.tensor = torch.as_tensor(tensor, dtype=torch.float64, device="cpu").detach().clone()
+        self.tensor = _float64(tensor)
         if self.tensor.shape != (len(self.heads),):
             raise ValueError(f"{list(self.tensor.shape)} scores for {len(self.heads)} heads")
         if not self.tensor.isfinite().all():
@@ -90,10 +95,12 @@ class HeadScores:
         Raises:
             IndexError: there is no such head, or its layer was not scored.
         """
+        if not isinstance(head, tuple) or len(head) != 2:
+            raise TypeError(f"{head!r} is no (layer, head) pair")
         layer, index = head
         if layer not in self.layers:
             raise IndexError(f"layer {layer} was not scored; the scored ones are {list(self.layers)}")
-        if not 0 <= index < self.heads_per_layer[layer]:
+        if not isinstance(index, int) or not 0 <= index < self.heads_per_layer[layer]:
             raise IndexError(f"head {index} is not in layer {layer}, which has {self.heads_per_layer[layer]} heads")
         return self.tensor[self._starts[self.layers.index(layer)] + index].item()
 
@@ -286,6 +293,23 @@ class HeadScores:
             pictures.histogram(self, path, heads)
         else:
             pictures.heat_map(self, path, heads)
+
+
+def _tuple_of(layers: Any) -> tuple:
+    try:
+        return tuple(layers)
+    except TypeError:
+        raise TypeError(f"layers is {layers!r}; expected indices of layers") from None
+
+
+def _float64(values: Any) -> Tensor:
+    """A copy on the CPU."""
+    if isinstance(values, Tensor) and (values.is_complex() or values.is_meta or values.layout != torch.strided):
+        raise TypeError(f"the scores are {values.dtype} {values.layout} on {values.device}; expected real numbers")
+    try:
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise TypeError(f"the scores are a {type(values).__name__} that is no vector of numbers: {error}") from error
 
 
 def _order(values: Tensor) -> list[int]:

@@ -153,6 +153,8 @@ def _score(base: Source, task: Source, metrics: tuple[str, ...], representation:
 
 
 def _checked(metric: str | Sequence[str], representation: str, temperature: float) -> tuple[str, ...]:
+    if not isinstance(metric, (str, list, tuple)):
+        raise TypeError(f"metric is {metric!r}; expected the name of a metric, or a list of names")
     metrics = (metric,) if isinstance(metric, str) else tuple(metric)
     if unknown := [name for name in metrics if name not in METRICS]:
         raise ValueError(f"metric is {unknown[0]!r}; expected one of {tuple(METRICS)}")

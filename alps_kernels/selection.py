@@ -99,17 +99,22 @@ class HeadSelection:
         summary: Sequence[LayerSummary] | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        self.heads_per_layer = tuple(_whole(n, "heads_per_layer has") for n in heads_per_layer)
+        sizes = _several(heads_per_layer, "heads_per_layer", "the number of heads of every layer")
+        self.heads_per_layer = tuple(_whole(n, "heads_per_layer has") for n in sizes)
         self.heads = _checked_heads(heads, self.heads_per_layer)
         if kv not in KV_POLICIES:
             raise ValueError(f"kv is {kv!r}; expected one of {KV_POLICIES}")
-        if isinstance(parts, str) or not parts or not set(parts) <= set(PARTS):
+        if not isinstance(parts, (list, tuple, set, frozenset)) or not parts or not all(part in PARTS for part in parts):
             raise ValueError(f"parts is {parts!r}; expected a sequence of some of {PARTS}")
         self.kv = kv
         self.parts = tuple(part for part in PARTS if part in parts)
-        self.summary = None if summary is None else tuple(summary)
+        self.summary = None if summary is None else tuple(_several(summary, "summary", "what HeadLayout.summary() returns"))
+        if self.summary is not None and not all(isinstance(layer, LayerSummary) for layer in self.summary):
+            raise TypeError("summary is no list of LayerSummary; expected what HeadLayout.summary() returns")
         if self.summary is not None and tuple(len(s.group_of) for s in self.summary) != self.heads_per_layer:
             raise ValueError("summary and heads_per_layer disagree on the number of heads")
+        if provenance is not None and not isinstance(provenance, dict):
+            raise TypeError(f"provenance is a {type(provenance).__name__}; expected a dict")
         self.provenance = provenance
 
     # -- baselines ---------------------------------------------------------------------------
@@ -123,7 +128,7 @@ class HeadSelection:
             like: a HeadLayout, HeadScores or HeadSelection of the model.
             options: `kv`, `parts` and `provenance` of the new selection.
         """
-        pairs = _all_pairs(like.heads_per_layer)
+        pairs = _all_pairs(_heads_of(like))
         chosen = random.Random(seed).sample(pairs, resolve_count(len(pairs), ratio, k))
         return cls._like(like, chosen, options)
 
@@ -134,7 +139,7 @@ class HeadSelection:
         rng = random.Random(seed)
         chosen = [
             (layer, head)
-            for layer, n in enumerate(like.heads_per_layer)
+            for layer, n in enumerate(_heads_of(like))
             for head in rng.sample(range(n), resolve_count(n, ratio, k))
         ]
         return cls._like(like, chosen, options)
@@ -142,7 +147,7 @@ class HeadSelection:
     @classmethod
     def all(cls, like: Any, **options) -> HeadSelection:
         """Every head."""
-        return cls._like(like, _all_pairs(like.heads_per_layer), options)
+        return cls._like(like, _all_pairs(_heads_of(like)), options)
 
     @classmethod
     def none(cls, like: Any, **options) -> HeadSelection:
@@ -152,7 +157,7 @@ class HeadSelection:
     @classmethod
     def _like(cls, like: Any, heads: Iterable[tuple[int, int]], options: dict[str, Any]) -> HeadSelection:
         summary = like.summary() if isinstance(like, HeadLayout) else getattr(like, "summary", None)
-        return cls(heads, like.heads_per_layer, **{"summary": summary, **options})
+        return cls(heads, _heads_of(like), **{"summary": summary, **options})
 
     # -- a set -------------------------------------------------------------------------------
 
@@ -221,6 +226,10 @@ class HeadSelection:
             LayoutError: the heads of `model` cannot be located.
             ValueError: `model` has other heads than this selection was made for.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
+        if layout is not None and not isinstance(layout, HeadLayout):
+            raise TypeError(f"layout is a {type(layout).__name__}; expected what find_heads(model) returns")
         return bind(self, model, _checked_rest(_TRAINED.get(model, (self, "frozen"))[1] if rest is None else rest), layout)
 
     def freeze(self, model: nn.Module, rest: str = "frozen", *, layout: HeadLayout | None = None) -> BoundSelection:
@@ -349,7 +358,7 @@ def _whole(value: Any, what: str) -> int:
 
 def _checked_heads(heads: Iterable[tuple[int, int]], heads_per_layer: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     pairs = []
-    for entry in heads:
+    for entry in _several(heads, "heads", "(layer, head) pairs"):
         try:
             layer, head = entry
         except (TypeError, ValueError):
@@ -365,6 +374,19 @@ def _checked_heads(heads: Iterable[tuple[int, int]], heads_per_layer: tuple[int,
         if first == second:
             raise ValueError(f"head {first} is given twice")
     return tuple(pairs)
+
+
+def _heads_of(like: Any) -> tuple[int, ...]:
+    if not hasattr(like, "heads_per_layer"):
+        raise TypeError(f"like is a {type(like).__name__}; expected a HeadLayout, HeadScores or HeadSelection")
+    return like.heads_per_layer
+
+
+def _several(value: Any, what: str, of: str) -> list:
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{what} is {value!r}; expected {of}") from None
 
 
 def _checked_rest(rest: Any) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .binding import BoundParam, Ranges
 from .mirrors import mirror_of
@@ -266,11 +266,25 @@ def slot_of(part: BoundParam, stream: int, group: Mapping[str, Any]) -> Slot:
 
 def check_param(part: BoundParam) -> None:
     """Raises ValueError where the parameter is of a sort that does not train here."""
-    if not part.param.is_floating_point():
-        raise ValueError(f"{part.name} has dtype {part.param.dtype}; HeadAdamW trains real floating-point parameters")
+    if part.param.dtype not in (torch.float64, torch.float32, *HALVES):
+        raise ValueError(f"{part.name} has dtype {part.param.dtype}; HeadAdamW trains real floating-point parameters of 16 "
+                         "bits or more")
     if part.param.layout != torch.strided:
         raise ValueError(f"{part.name} has layout {part.param.layout}; HeadAdamW trains dense parameters")
+    if any(stride == 0 and size > 1 for stride, size in zip(part.param.stride(), part.param.shape, strict=True)):
+        raise ValueError(f"{part.name} is expanded: several of its elements are one place in memory; clone it first")
     check_shards(part)
+
+
+def check_overlaps(named: Iterable[tuple[str, Tensor]], trained: Iterable[Tensor]) -> None:
+    """Raises ValueError where a parameter that trains shares memory with another one, which would move with it."""
+    spans = sorted((param.data_ptr(), param.data_ptr() + param.nbytes, name, id(param)) for name, param in named
+                   if type(param) in (Tensor, nn.Parameter) and param.is_contiguous() and param.numel() and not param.is_meta)
+    moving = {id(param) for param in trained}
+    for (_, stop, name, one), (start, _, other, two) in pairwise(spans):
+        if start < stop and one != two and (one in moving or two in moving):
+            raise ValueError(f"{name} and {other} share memory and are two parameters: the one would move with the other; "
+                             "make them one parameter, or clone one of them")
 
 
 def check_grad(slot: Slot) -> None:
@@ -278,6 +292,9 @@ def check_grad(slot: Slot) -> None:
     grad, param = slot.param.grad, slot.param
     if param.dtype != slot.dtype:
         raise ValueError(f"{slot.name} is {param.dtype} and was {slot.dtype} when the optimizer was made")
+    if slot.part.ranges and slot.part.ranges[-1][1] > slot.part.extent:
+        raise ValueError(f"{slot.name} is {list(param.shape)} now: what trains of it reaches to {slot.part.ranges[-1][1]} along "
+                         f"dimension {slot.part.dim}; was it resized after the optimizer was made?")
     if grad.layout != torch.strided:
         raise RuntimeError(f"HeadAdamW does not support sparse gradients: that of {slot.name} is {grad.layout}")
     if grad.shape != param.shape or grad.device != param.device or not grad.is_floating_point():

@@ -67,6 +67,7 @@ def test_top_carries_options_and_provenance():
     assert heads.provenance["metric"] == "pad" and heads.provenance["scores"] == PROVENANCE
 
 
+@pytest.mark.fault("Bad input", "ratios, counts and scopes that cannot be, of scores")
 @pytest.mark.parametrize("options", [{}, {"ratio": 0.1, "k": 1}, {"ratio": 1.01}, {"ratio": -0.1}, {"ratio": math.nan},
                                      {"k": 13}, {"k": -1}, {"ratio": 0.1, "scope": "head"}, {"ratio": True}])
 def test_top_refuses(options):
@@ -84,6 +85,7 @@ def test_top_is_the_best(values, ratio):
     assert len(top) + len(rest) == 12
 
 
+@pytest.mark.fault("Bad input", "scores that are not finite, or of other heads: named")
 @pytest.mark.parametrize("values, layers, per_layer, message", [
     ([1.0], [0], [2], "scores for 2 heads"),
     ([1.0, math.nan], [0], [2], r"head \(0, 1\) is nan"),
@@ -118,6 +120,7 @@ def test_other_suffixes_are_refused(tmp_path):
         HeadScores.load(tmp_path / "scores")
 
 
+@pytest.mark.fault("Bad input", "score files cut at five places: refused by file")
 @pytest.mark.parametrize("name", ["s.json", "s.safetensors"])
 def test_torn_files_are_refused(tmp_path, name):
     path = tmp_path / name
@@ -131,6 +134,7 @@ def test_torn_files_are_refused(tmp_path, name):
         HeadScores.load(tmp_path / "none" / name)
 
 
+@pytest.mark.fault("Bad input", "score files with an entry of the wrong kind: refused by file")
 @pytest.mark.parametrize("change", [
     {"format": "other"}, {"version": 2}, {"version": True}, {"metric": 3}, {"temperature": 0}, {"temperature": "1"},
     {"layers": [0, 1, 9]}, {"layers": ["0"]}, {"layers": 3}, {"heads_per_layer": [4, 4, 10**30]},
@@ -145,6 +149,7 @@ def test_hostile_json_is_refused(tmp_path, change):
         HeadScores.load(path)
 
 
+@pytest.mark.fault("Bad input", "score files that lack an entry: refused by file and entry")
 @pytest.mark.parametrize("missing", ["values", "metric", "layers", "heads_per_layer", "summary", "provenance"])
 def test_json_that_lacks_something_is_refused(tmp_path, missing):
     path = tmp_path / "s.json"

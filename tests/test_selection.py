@@ -74,18 +74,21 @@ def test_top_count_agrees_with_exact_fractions(numerator, n):
     assert top_count(numerator / 1000, n) == -(-numerator * n // 1000)
 
 
+@pytest.mark.fault("Bad input", "ratios outside 0 to 1, and what is no number")
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, math.nan, math.inf, "0.1", None, True])
 def test_a_ratio_outside_zero_to_one_is_refused(ratio):
     with pytest.raises(ValueError, match="ratio"):
         top_count(ratio, 10)
 
 
+@pytest.mark.fault("Bad input", "both of ratio and k, neither, or a k out of range")
 @pytest.mark.parametrize("arguments", [(None, None), (0.1, 3), (None, -1), (None, 11), (None, 1.0), (None, True)])
 def test_exactly_one_of_ratio_and_k(arguments):
     with pytest.raises(ValueError):
         resolve_count(10, *arguments)
 
 
+@pytest.mark.fault("Bad input", "heads out of range, given twice, or no pairs of whole numbers: named")
 @pytest.mark.parametrize("heads, message", [
     ([(0, 4)], r"layer 0 has 4 heads"), ([(2, 0)], "2 layers"), ([(0, 1), (0, 1)], r"\(0, 1\) is given twice"),
     ([(-1, 0)], "expected whole"), ([(0, 1.0)], "expected whole"), ([(0, True)], "expected whole"),
@@ -95,6 +98,7 @@ def test_bad_heads_are_named(heads, message):
         HeadSelection(heads, [4, 4])
 
 
+@pytest.mark.fault("Bad input", "policies and parts that are none")
 @pytest.mark.parametrize("options", [{"kv": "some"}, {"parts": "qkv"}, {"parts": ()}, {"parts": ("x",)}])
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError):
@@ -227,6 +231,7 @@ def test_save_and_load(tmp_path, layout):
     assert [p.name for p in tmp_path.iterdir()] == ["heads.json"]
 
 
+@pytest.mark.fault("Bad input", "heads files with an entry missing or of the wrong kind: refused by file")
 @pytest.mark.parametrize("damage", [
     lambda d: d.update(format="other"), lambda d: d.update(version=2), lambda d: d.update(version=True),
     lambda d: d.pop("heads"), lambda d: d.update(heads=[[0, 99]]), lambda d: d.update(heads=[[0, 0], [0, 0]]),
@@ -245,6 +250,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, layout, damage):
         HeadSelection.load(path)
 
 
+@pytest.mark.fault("Bad input", "heads files that are torn, binary or nested without end: refused by file")
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"[" * 100_000, b'{"format": NaN}', b"1"])
 def test_a_foreign_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "heads.json"
