@@ -45,12 +45,14 @@ class BoundParam:
         param: the parameter itself.
         dim: the axis that is cut, 0 rows or 1 columns of `as_matrix(param)`.
         ranges: half-open, along `dim`, sorted, disjoint, adjacent ones merged.
+        within: of a leaf of a sliced model, which ranges of the full parameter it holds.
     """
 
     name: str
     param: nn.Parameter
     dim: int
     ranges: Ranges
+    within: Ranges | None = None
 
     @property
     def extent(self) -> int:
@@ -239,7 +241,7 @@ def _onto_leaves(bound: BoundSelection, model: nn.Module, mirrors: dict[str, Mir
         if name in wanted and name not in mirrors:
             params.append(wanted[name])
         elif name.endswith(SUFFIX) and (mirror := mirrors.get(name.removesuffix(SUFFIX))) is not None:
-            params.append(BoundParam(name, param, mirror.dim, ((0, mirror.size),)))
+            params.append(BoundParam(name, param, mirror.dim, ((0, mirror.size),), mirror.ranges))
     return replace(bound, params=tuple(params))
 
 

@@ -17,15 +17,18 @@ FORMAT, VERSION = "alps_kernels.head_adamw", 1
 
 
 def saved_entry(slot: Slot, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state as it is saved. That of a partly selected parameter is of all ranks and has `slices`.
+    """A state as it is saved. That of a partly selected parameter is of all ranks.
 
-    `slices` is int64: the axis that is cut, then the start and stop of every span.
+    It has `slices`, and so has that of a sliced model's leaf: int64, the axis that is cut, then the
+    start and stop of every span.
     """
-    entry = dict(state)
+    entry, spans = dict(state), slot.within
     if not slot.part.full:
-        entry = {key: value if key == "step" or key.endswith(SCALE) else gather_compact(slot.part, value) for key, value in state.items()}
-        entry["slices"] = torch.tensor([slot.part.dim, *(edge for span in slot.spans for edge in span)],
-                                       device=slot.param.device)
+        entry = {key: value if key == "step" or key.endswith(SCALE) else gather_compact(slot.part, value)
+                 for key, value in state.items()}
+        spans = slot.spans
+    if spans is not None:
+        entry["slices"] = torch.tensor([slot.part.dim, *(edge for span in spans for edge in span)], device=slot.param.device)
     if "master_lo" in entry:
         low = entry["master_lo"]
         entry["master_lo"] = viewed(low, lambda held: held.unsqueeze(-1).view(torch.uint8), (*low.shape, 2))
@@ -126,20 +129,22 @@ def _read_entry(slot: Slot, saved: Mapping[str, Any], key: str, shape: tuple[int
 
 
 def described_by(slot: Slot, slices: Any) -> dict[str, Any] | None:
-    """What `slices` of a saved state say of it, found to be the slot's; None without them.
+    """What `slices` of a saved state say of it, found to be the slot's; None for the state of a whole parameter.
 
     Raises:
         ValueError: they are of another selection.
     """
-    if slices is None:
+    if slices is None or isinstance(slices, Tensor) and slices.is_floating_point():  # torch's AdamW cast them
         return None
     dim, *edges = slices.tolist() if isinstance(slices, Tensor) and slices.ndim == 1 and slices.numel() else [None]
     spans = [list(span) for span in zip(edges[::2], edges[1::2], strict=False)]
-    ours = [list(r) for r in slot.part.ranges]
-    if slot.part.full or dim != slot.part.dim or len(edges) % 2 or not _subdivide(spans, ours):
+    within = slot.part.full and slot.within
+    ours = [list(r) for r in within or slot.part.ranges]
+    fits = spans == ours if within else not slot.part.full and _subdivide(spans, ours)
+    if dim != slot.part.dim or len(edges) % 2 or not fits:
         raise ValueError(f"the saved state is of another selection: {slot.name}: spans {spans} along {dim} there,"
                          f" ranges {ours} along {slot.part.dim} here")
-    return {"spans": spans}
+    return None if within else {"spans": spans}
 
 
 def _read_step(slot: Slot, saved: Any, device_step: bool) -> Tensor:

@@ -59,6 +59,11 @@ class Slot:
     def param(self) -> Tensor:
         return self.part.param
 
+    @property
+    def within(self) -> Ranges | None:
+        """Of a sliced leaf, sharded or not: which ranges of the full weight it holds."""
+        return self.part.within or self.mirrored
+
     @cached_property
     def low_key(self) -> str | None:
         """The state entry that holds what 16 bits of the parameter do not."""
@@ -191,7 +196,7 @@ class Slot:
         return {"name": self.name, "shape": list(self.param.shape), "dim": self.part.dim,
                 "ranges": [list(r) for r in self.part.ranges], "spans": [list(s) for s in self.spans],
                 "master": self.master, "moment_dtype": str(self.moment_dtype).removeprefix("torch."),
-                **({} if self.mirrored is None else {"mirrored": [list(r) for r in self.mirrored]})}
+                **({} if self.within is None else {"mirrored": [list(r) for r in self.within]})}
 
 
 def regrown(old: Slot, new: Slot, state: Mapping[str, Tensor]) -> tuple[Slot, dict[str, Tensor]]:

@@ -317,7 +317,7 @@ FAULTS = {  # of sharding and its use, each seen by the check beside it
     "whole state is not sharded": (state, [("like(self.param, held) if self.part.full else held", "held")], "train_all"),
     "dense state of another rank": (placement, [("value.narrow(dim, start, stop - start)",
                                                 "value.narrow(dim, 0, stop - start)")], "carry"),
-    "slices are not read": (saved_state, [("    if slices is None:\n", "    if True:\n")], "refusals"),
+    "slices are not read": (saved_state, [("    if slices is None or", "    if True or")], "refusals"),
     "the description is not of all ranks'": (saved_state, [("gather_compact(slot.part, value) for", "value for")], "steps_llama"),
 }
 

@@ -314,3 +314,22 @@ def test_a_state_dict_that_was_filled_in_place_is_loaded():
     model.load_state_dict(state)
     assert differences(model.state_dict(), other.state_dict()) == []
     assert torch.equal(loss_of(model, tokens(2)), loss_of(other, tokens(2)))
+
+
+@pytest.mark.parametrize("described", [True, False], ids=["whole", "as DCP keeps it"])
+def test_a_state_of_other_heads_is_refused_though_its_leaves_are_as_large(described):
+    model, heads, _ = sliced("llama")
+    optimizer = optimizer_of(model, heads)
+    train(model, optimizer, [[tokens(1)]])
+    saved = optimizer.state_dict()
+    if not described:
+        del saved["alps"]
+    other = model_of("llama")
+    moved = alps.HeadSelection([(0, 2), (2, 1), (2, 3)], heads.heads_per_layer, parts=heads.parts)
+    optimizer = alps.HeadAdamW(other.parameters(), heads=alps.slice_heads(other, moved))
+    with pytest.raises(ValueError, match="another selection.*q_proj.weight_slice"):
+        optimizer.load_state_dict(saved)
+    again, heads, _ = sliced("llama")
+    optimizer = optimizer_of(again, heads)
+    optimizer.load_state_dict(saved)
+    assert len(optimizer.state) == len(saved["state"]) > 0
