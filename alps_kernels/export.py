@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from .patch_checkpoint import CheckpointSource, apply_to_checkpoint, sparse_upda
 from .patch_file import HeadPatch
 from .patch_make import check_fits
 from .patch_source import ModelSource, Source, canonical
-from .slices_file import Cut
+from .slices_file import Cut, save_tensors
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def export_lora(patch: HeadPatch | str | os.PathLike, base: nn.Module | str | os
 
     Args:
         base: the patch's base: a model in memory, or a checkpoint folder.
-        folder: new; adapter_config.json and adapter_model.safetensors.
+        folder: new; adapter_config.json and adapter_model.safetensors, whose header states ranks and errors.
         rank: the largest rank; a projection whose differences need more gets the best
             approximation of that rank (SVD), whose error is stated. None: as much as is exact.
         config: used instead of a folder's config.json.
@@ -94,10 +95,9 @@ def export_lora(patch: HeadPatch | str | os.PathLike, base: nn.Module | str | os
                 _delta(patch, source, biases[name], bias)
             tensors[f"base_model.model.{name}.lora_B.bias"] = bias
     described = _adapter_config(source, modules, bool(biases))
-    from safetensors.torch import save_file
-
+    said = {"patch": patch.name, "fingerprint": patch.fingerprint, "modules": {name: vars(made) for name, made in modules.items()}}
     with new_folder(folder) as temporary:
-        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        save_tensors(tensors, temporary / "adapter_model.safetensors", {"format": "pt", "alps_kernels.lora": json.dumps(said)})
         write_json(temporary / "adapter_config.json", described)
     return LoraExport(modules, sum(tensor.nbytes for tensor in tensors.values()))
 

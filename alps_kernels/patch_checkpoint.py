@@ -194,7 +194,10 @@ def _patch_file(file: Path, slices: Mapping[str, tuple[Cut, Tensor]]) -> None:
         held = torch.load(file, map_location="cpu", weights_only=True)
         for key, (cut, values) in slices.items():
             cut.put(values, held[key])
-        torch.save(held, file)
+        try:
+            torch.save(held, file)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{file} cannot be written: {error}") from error
         return
     with open(file, "r+b") as raw_file:
         size = int.from_bytes(raw_file.read(8), "little")

@@ -157,17 +157,22 @@ def write_slices(path: str | os.PathLike, format: str, document: Mapping[str, An
         OSError: the file cannot be written; what was there is untouched.
         TypeError, ValueError: the document is not JSON.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {name: {**cut.to_json(), "values": digest(values[name]), **(more or {}).get(name, {})}
                for name, cut in cuts.items()}
     text = json.dumps({**document, "format": format, "version": 1, "tensors": tensors}, allow_nan=False)
     with replacing(path) as temporary:
-        try:
-            save_file({name: values[name].cpu().contiguous() for name in cuts}, temporary, {format: text})
-        except SafetensorError as error:
-            raise OSError(f"{os.fspath(path)} cannot be written: {error}") from error
+        save_tensors({name: values[name].cpu() for name in cuts}, temporary, {format: text})
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; what goes wrong is an OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_slices(path: str | os.PathLike, format: str) -> tuple[dict[str, Any], dict[str, Cut], dict[str, Tensor]]:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertForMaskedLM, GPT2LMHeadModel, XLNetConfig, XLNetLMHeadModel
 
@@ -110,6 +111,9 @@ def test_svd_of_a_given_rank_states_its_error(name, rank, tmp_path):
         assert all(not rest.any() for rest in cut.rest(found[key].contiguous()))
     assert made.error == max(module.error for module in made.modules.values())
     assert f"{made.error:.3g}" in str(made)
+    with safe_open(tmp_path / "lora" / "adapter_model.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["alps_kernels.lora"])
+    assert said["modules"] == {key: vars(module) for key, module in made.modules.items()} and said["fingerprint"] == patch.fingerprint
     assert export_lora(patch, base, tmp_path / "all", rank=24).modules == export_lora(patch, base, tmp_path / "all2").modules
     ours, theirs, plain = logits(tuned), logits(adapted(base, tmp_path / "lora")), logits(base)
     assert not torch.equal(theirs, plain) and (theirs - ours).norm() < (plain - ours).norm()

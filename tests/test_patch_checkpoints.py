@@ -346,3 +346,26 @@ def test_other_weights_in_the_folder_are_told(folders):
     (root / "base" / "original" / "consolidated.00.pth").touch()
     with pytest.warns(UserWarning, match="also holds original/consolidated.00.pth, copied as it is"):
         apply_to_checkpoint(root / "base", [made], root / "out")
+
+
+@pytest.mark.fault("All or nothing")
+@pytest.mark.parametrize("form", ["safetensors", "pickle", "patch", "lora"])
+def test_a_full_disk(folders, form, monkeypatch):
+    """the disk fills up while a patch, a checkpoint or an adapter is written: an OSError that names the file, nothing left"""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    base, tuned, heads, root = folders
+    if form == "pickle":
+        to_bin(root / "base")
+    made = patch_from_checkpoints(root / "base", root / "tuned", heads)
+    there = sorted(os.listdir(root))
+
+    def full(*_, **__):
+        raise RuntimeError("unexpected pos 64 vs 0") if form == "pickle" else SafetensorError("No space left on device")
+
+    monkeypatch.setattr(*((torch, "save") if form == "pickle" else (safetensors.torch, "save_file")), full)
+    with pytest.raises(OSError, match="cannot be written"):
+        {"patch": lambda: made.save(root / "p.safetensors"), "lora": lambda: alps.export_lora(made, root / "base", root / "out")}.get(
+            form, lambda: apply_to_checkpoint(root / "base", [made], root / "out"))()
+    assert sorted(os.listdir(root)) == there
