@@ -175,7 +175,10 @@ def _write_folder(checkpoint: Path, update: SparseUpdate, out: str | os.PathLike
         warnings.warn(f"{checkpoint} also holds {first_of(others)}, copied as it is: if those are weights of the model, "
                       "they are without the patch", stacklevel=3)
     with new_folder(out) as folder:
-        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        try:
+            shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        except shutil.Error as error:  # a list of every file that could not be copied
+            raise OSError(f"{checkpoint} cannot be copied to {out}: {error.args[0][0][-1]}") from error
         for name, keys in by_file.items():
             _patch_file(folder / name, {key: (update.cuts[key], update.values[key]) for key in keys})
         if spent is not None:

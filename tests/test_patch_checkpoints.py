@@ -361,6 +361,13 @@ def test_a_full_disk(folders, form, monkeypatch):
     made = patch_from_checkpoints(root / "base", root / "tuned", heads)
     there = sorted(os.listdir(root))
 
+    def copy_fails(*_, **__):
+        raise shutil.Error([("a", "b", "[Errno 28] No space left"), ("c", "d", "the same")])
+
+    with pytest.MonkeyPatch.context() as planted, pytest.raises(OSError, match="cannot be copied to .*out: .Errno 28. No space left$"):
+        planted.setattr(shutil, "copytree", copy_fails)
+        apply_to_checkpoint(root / "base", [made], root / "out")
+
     def full(*_, **__):
         raise RuntimeError("unexpected pos 64 vs 0") if form == "pickle" else SafetensorError("No space left on device")
 
