@@ -179,10 +179,14 @@ class HeadAdamW(torch.optim.Optimizer):
 
     # -- the step ----------------------------------------------------------------------------
 
-    @torch._disable_dynamo  # under torch.compile the step runs as it is, after the compiled part
+    @torch._disable_dynamo  # a compiled training step breaks its graph here, as at the steps of torch's own optimizers
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient. Checks everything before the first write.
+
+        Inside a compiled function it runs as it is, between compiled parts. `fullgraph=True` is
+        not to be had: `zero_grad`, and the wrapper that torch puts around every optimizer's
+        `step`, are not traced (torch 2.13), torch's AdamW included.
 
         Args:
             closure: evaluates the model again and returns the loss.
