@@ -29,7 +29,7 @@ from bench.shapes import Shape
 
 OURS = "HeadAdamW"
 # The default first: split masters of 16-bit weights and float32 moments. float32 weights have no masters.
-PRECISIONS = ({}, {"master": "stochastic"}, {"master": None}, {"moment_dtype": torch.bfloat16})
+PRECISIONS = ({}, {"master": "stochastic"}, {"master": None}, {"moment_dtype": torch.bfloat16}, {"moment_dtype": "8bit"})
 
 
 def parity() -> None:

@@ -24,7 +24,14 @@ COLUMNS = (*ENVIRONMENT, "bench", "case", "method", "ratio", "trained", "saved_b
 
 
 def count(case: Case, method: str, ratio: float) -> Step:
+    """One step, and not the first: the meta device excepted, where no step writes anything."""
     ready = prepared(case, method, ratio)
+    if not next(ready.model.parameters()).is_meta:
+        loss = case.loss(ready.model)
+        if loss.requires_grad:
+            loss.backward()
+        ready.optimizer.step()
+        ready.optimizer.zero_grad()
     return count_step(ready.model, lambda: case.loss(ready.model), ready.optimizer, case.tokens, ready.trained)
 
 

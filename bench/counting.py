@@ -51,7 +51,8 @@ class Watch(TorchDispatchMode):
         if op.is_view or op in (ATEN.detach.default, ATEN._unsafe_view.default, ATEN.alias.default):
             return out
         self.work.ops[str(op)] += 1
-        self.work.written += sum(t.numel() * t.element_size() for t in tensors_of(out))
+        results = args[0] if out is None and args else out  # in-place operations on lists return nothing
+        self.work.written += sum(t.numel() * t.element_size() for t in tensors_of(results))
         count = flop_registry.get(op.overloadpacket)
         flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
         self.work.flops += flops

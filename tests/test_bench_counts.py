@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from alps_kernels import HeadAdamW
 from bench import bench_counts, cases, common, report
 from bench.bench_counts import check, counted
 from bench.counting import Saved, Watch, count_step, state_bytes
 from bench.methods import LORA, METHODS, SLICED
+from tests.sliced_cases import loss_of, pair
 
 
 def test_products_over_the_tokens_are_weight_gradients_and_no_others():
@@ -55,6 +57,23 @@ def test_a_step_is_counted_whole():
     assert step.saved == 12 * 8 * 4  # the input of the second layer: nothing below it needs a gradient
     assert step.backward.weight_flops == step.backward.flops == 2 * 12 * 8 * 4
     assert state_bytes(optimizer) == step.state
+
+
+def test_a_weight_that_has_to_follow_its_leaf_is_seen_in_the_forward_pass():
+    plain, _, sliced, bound = pair("llama", parts=("q", "k", "v"))
+    with Watch(14) as frozen:
+        loss_of(plain.requires_grad_(False))
+    optimizer = HeadAdamW(sliced.parameters(), heads=bound)
+    loss_of(sliced).backward()
+    optimizer.step()
+    with Watch(14) as trained:
+        loss_of(sliced)
+    assert trained.work == frozen.work
+    with torch.no_grad():
+        bound.params[0].param.add_(1)
+    with Watch(14) as behind:
+        loss_of(sliced)
+    assert behind.work.written > frozen.work.written and behind.work.flops == frozen.work.flops
 
 
 @pytest.fixture(scope="module")
