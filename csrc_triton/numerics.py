@@ -155,19 +155,35 @@ def _largest_of_64(root, CODES: tl.constexpr):
 # -- scoring: small differences of exponentials ----------------------------------------------
 
 TAYLOR = tl.constexpr(0.015625)  # below it four terms of expm1 are exact to 5e-10 relative
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def expm1(x):
-    """exp(x) - 1 in float32 without cancellation, to 3e-7 relative; one branch for the whole tile."""
-    if tl.max(tl.abs(x), axis=0) <= TAYLOR:
-        return x * (1.0 + x * (0.5 + x * (0.16666667 + x * 0.041666668)))
+def expm1(x, largest):
+    """exp(x) - 1 in float32 without cancellation, to 3e-7 relative.
+
+    `largest`, a scalar that bounds abs(x), picks the branch: all threads of a program take the same.
+    """
+    if largest <= TAYLOR:
+        return x * tl.fma(x, tl.fma(x, tl.fma(x, 0.041666668, 0.16666667), 0.5), 1.0)
     series = 2.7557319e-6 + x * 2.7557319e-7
     series = 1.9841270e-4 + x * (2.4801587e-5 + x * series)
     series = 8.3333333e-3 + x * (1.3888889e-3 + x * series)
     series = 0.16666667 + x * (4.1666668e-2 + x * series)
     series = x * (1.0 + x * (0.5 + x * series))
     return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def divergences(p, d, largest):
+    """The terms of KL and Jensen-Shannon between p and (1 + d) p; `largest` as in `expm1`, of log(1 + d) / 2."""
+    if largest <= TAYLOR:  # four terms of each series, exact to 2e-7 relative at d = 1/32
+        square = p * d * d
+        kl = tl.fma(d, tl.fma(d, tl.fma(d, -0.05, 0.083333333), -0.16666667), 0.5)
+        js = tl.fma(d, tl.fma(d, tl.fma(d, -0.0234375, 0.036458333), -0.0625), 0.125)
+        return square * kl, square * js
+    whole = surprise(d)
+    return p * whole, p * (0.5 * whole - surprise(0.5 * d))
 
 
 @triton.jit

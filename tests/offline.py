@@ -29,7 +29,7 @@ def target_of(name: str) -> GPUTarget:
 
 
 def build(kernel, signature: dict[str, str], constexprs: dict, *, target: str = "sm_90",
-          aligned: tuple[str, ...] = (), num_warps: int = 4, num_stages: int = 2):
+          aligned: tuple[str, ...] = (), num_warps: int = 4, num_stages: int = 2, fusion: bool = False):
     """The compiled kernel; each variant is compiled once per process.
 
     Args:
@@ -38,11 +38,11 @@ def build(kernel, signature: dict[str, str], constexprs: dict, *, target: str = 
         aligned: arguments known to be multiples of 16 (pointers: of 16 bytes).
     """
     return _build(kernel, tuple(signature.items()), tuple(constexprs.items()), target, tuple(aligned),
-                  num_warps, num_stages)
+                  num_warps, num_stages, fusion)
 
 
 @functools.cache
-def _build(kernel, signature, constexprs, target, aligned, num_warps, num_stages):
+def _build(kernel, signature, constexprs, target, aligned, num_warps, num_stages, fusion):
     names = kernel.arg_names
     types, constants = dict(signature), dict(constexprs)
     if unknown := {*types, *constants} ^ set(names):
@@ -51,7 +51,7 @@ def _build(kernel, signature, constexprs, target, aligned, num_warps, num_stages
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, full, {(names.index(k),): v for k, v in constants.items()}, attrs)
     return triton.compile(source, target=target_of(target),
-                          options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False})
+                          options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fusion})
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,37 @@ def sass(built) -> str:
 def count(built, opcode: str) -> int:
     """How many instructions of `sass(built)` begin with `opcode`."""
     return len(re.findall(rf"\b{re.escape(opcode)}\b", sass(built)))
+
+
+def fast_path(built) -> int:
+    """Instructions of the shortest way from entry to exit: what a thread runs where every branch is the cheap one."""
+    code = [(int(at, 16), predicate, op, operands) for at, predicate, op, operands in re.findall(
+        r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", sass(built))]
+    place = {at: i for i, (at, *_) in enumerate(code)}
+    reached, count = {0}, 0
+    while reached:
+        count += 1
+        after = set()
+        for i in reached:
+            _, predicate, op, operands = code[i]
+            if op == "EXIT" and not predicate:
+                return count
+            if op == "BRA":
+                after.add(place[int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)])
+            if op != "BRA" or predicate:
+                after.add(i + 1)
+        reached = after
+    raise ValueError("the code never ends")
+
+
+def unsafe_products(built) -> list[str]:
+    """32-bit products of two values that are both unknown to the compiler: an offset may overflow in them."""
+    found, known = [], set(re.findall(r"(%\S+) = arith\.constant", built.asm["ttir"]))
+    for line in built.asm["ttir"].splitlines():
+        if match := re.search(r"= arith\.muli (%\S+), (%[^\s,:]+).*: (?:tensor<[0-9x]*)?i32\b", line):
+            if not known & set(match.groups()):
+                found.append(line.strip())
+    return found
 
 
 def spill_free(built) -> bool:
