@@ -16,6 +16,7 @@ from transformers.training_args import ParallelMode
 
 from ..binding import BoundSelection
 from ..locate import find_heads
+from ..mirrors import mirror_of
 from ..ops.head_delta import METRICS
 from ..optimizer import HeadAdamW
 from ..representation import REPRESENTATIONS
@@ -151,8 +152,6 @@ class AlpsCallback(TrainerCallback, ExportableState):
             LayoutError: the heads of `model` cannot be located.
             ValueError: it is sliced already.
         """
-        from ..mirrors import mirror_of
-
         if sliced := [name for name, param in model.named_parameters() if mirror_of(param) is not None]:
             raise ValueError(f"{sliced[0]} is a slice: AlpsCallback warms up all heads, give it the model unsliced "
                              "(unslice_heads)")
@@ -170,7 +169,7 @@ class AlpsCallback(TrainerCallback, ExportableState):
             raise ValueError(f"the warm-up of {self.options['warmup_steps']} steps does not end before the run, which "
                              f"has {state.max_steps}")
         refuse_sharded(args)
-        if not isinstance(optimizer, FollowingHeadAdamW) and str(getattr(args.save_strategy, "value", "")) != "no":
+        if not isinstance(optimizer, FollowingHeadAdamW) and args.save_strategy != "no":
             warnings.warn("checkpoints saved after the switch will only resume with the optimizer that "
                           "alps.use_heads(trainer, callback) gives the Trainer", stacklevel=2)
 
@@ -185,7 +184,7 @@ class AlpsCallback(TrainerCallback, ExportableState):
         with warnings.catch_warnings():  # one layer against itself: better now than after the warm-up
             warnings.filterwarnings("ignore", message=".*identical attention weights")
             self._score(model, layout.where(self.options["attention"])[:1], None)
-        if state.is_world_process_zero and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+        if state.is_world_process_zero and args.save_strategy != "no":
             os.makedirs(args.output_dir, exist_ok=True)
             write_start(os.path.join(args.output_dir, START_FILE), self._start)
 
