@@ -87,6 +87,11 @@ class Mirror:
             return read_ranges(weight.detach(), self.dim, self.ranges)
         return torch.cat([block.detach() for block in self.blocks(weight)], self.dim)
 
+    def composed(self, weight: Tensor, leaf: Tensor) -> Tensor:
+        """A weight of its own with the leaf in it, differentiable: for transforms (torch.func), which bear no writing."""
+        index = torch.cat([torch.arange(start, stop, device=weight.device) for start, stop in self.ranges])
+        return weight.index_copy(self.dim, index, leaf)
+
     # -- do they agree -----------------------------------------------------------------------
 
     def adopt(self) -> None:

@@ -138,6 +138,10 @@ class Sliced(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         leaves = {name: getattr(self, name + SUFFIX) for name in self._mirrors}
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            whole = {name: self._mirrors[name].composed(full, leaves[name]) if name in leaves else full
+                     for name, full in (("weight", weight), ("bias", bias))}
+            return plain(x, whole["weight"], whole["bias"], self._cut.product)
         self._refresh({"weight": weight, "bias": bias}, leaves)
         trains = [leaf.requires_grad for leaf in leaves.values()]
         if torch.is_grad_enabled():

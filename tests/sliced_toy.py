@@ -1,11 +1,9 @@
-"""The smallest thing with heads, sliced; light to import, for processes of their own."""
+"""The smallest thing with heads."""
 
 import copy
 
 import torch
 from torch import nn
-from torch.distributed import destroy_process_group, init_process_group
-from torch.nn.parallel import DistributedDataParallel
 
 import alps_kernels as alps
 from alps_kernels.layout import AttentionLayer, HeadLayout, HeadSlice
@@ -41,20 +39,3 @@ def toy(heads=((0, 0), (0, 3)), parts=("q", "k", "v", "o"), kv="all", bias=True,
     model = Projections(bias, dtype)
     selection = alps.HeadSelection(heads, (4,), parts=parts, kv=kv)
     return model, selection, copy.deepcopy(model)
-
-
-def replica(rank, world, folder):
-    """One of `world` processes that train the toy by DDP; leaves its state dict in `folder`."""
-    init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    _, selection, model = toy(seed=rank)  # replicas begin unlike: DDP makes them rank 0's
-    bound = alps.slice_heads(model, selection, layout=model.layout())
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW([part.param for part in bound.params], 0.05)
-    for step in range(3):
-        x = torch.randn(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
-        optimizer.zero_grad()
-        wrapped(x).square().mean().backward()
-        optimizer.step()
-    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-    destroy_process_group()

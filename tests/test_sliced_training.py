@@ -1,18 +1,21 @@
-"""What trains models in practice works on leaves: checkpointing, compilers, scalers, optimizers, replicas."""
+"""What trains models in practice works on leaves: checkpointing, compilers, scalers, optimizers.
+
+Replicas and shards: test_sharded_slices.
+"""
 
 import copy
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import alps_kernels as alps
 from alps_kernels.mirrors import mirrors_in
-from alps_kernels.sliced_projection import Sliced
 
 from .sliced_cases import batch, cut_grads, grads, loss_of, pair
-from .sliced_toy import replica, toy
+from .sliced_toy import toy
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])
@@ -56,6 +59,12 @@ def compiled(model, backend):
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
+@pytest.fixture(autouse=True)
+def no_compiled_code_of_other_runs():
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+
+
 @pytest.fixture
 def no_recompilation():
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -63,7 +72,7 @@ def no_recompilation():
 
 
 @pytest.mark.parametrize("model_type, backend", [
-    ("qwen2", "aot_eager"), ("gpt2", "aot_eager"), ("qwen2", "inductor")])
+    ("qwen2", "aot_eager"), ("gpt2", "aot_eager"), pytest.param("qwen2", "inductor", marks=pytest.mark.slow)])
 def test_compiled_training_is_eager_training(model_type, backend, no_recompilation):
     dtype = torch.float32 if backend == "inductor" else torch.float64
     _, heads, model, bound = pair(model_type, dtype)
@@ -202,20 +211,28 @@ def test_any_optimizer_trains_leaves_as_it_trains_parameters_of_that_size(name):
     assert heads
 
 
-def test_two_replicas_train_as_one_process_on_both_batches(tmp_path):
-    torch.multiprocessing.spawn(replica, (2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    plain, selection, model = toy(seed=0)
+def test_transforms_of_torch_func():
+    """Gradients of every sample apart, a Jacobian-vector product and a Hessian's row, through the leaves."""
+    _, selection, model = toy(kv="any")
     bound = alps.slice_heads(model, selection, layout=model.layout())
-    optimizer = torch.optim.AdamW([part.param for part in bound.params], 0.05)
-    for step in range(3):
-        optimizer.zero_grad()
-        for rank in range(2):
-            x = torch.randn(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
-            (model(x).square().mean() / 2).backward()
-        optimizer.step()
-    for name, value in model.state_dict().items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], value, rtol=1e-9, atol=1e-12)
-        assert torch.equal(value, plain.state_dict()[name]) == (f"{name}_slice" not in dict(model.named_parameters()))
-    assert any(isinstance(m, Sliced) for m in model.modules())
+    names = [part.name for part in bound.params if part.name.endswith("_slice")]
+    values = {name: model.get_parameter(name).detach().clone() for name in names}
+    x = torch.randn(4, 3, 10, dtype=torch.float64)
+
+    def loss(leaves, sample):
+        return torch.func.functional_call(model, leaves, (sample,)).square().sum()
+
+    apart = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x)
+    for i, sample in enumerate(x):
+        model.zero_grad()
+        model(sample).square().sum().backward()
+        for name in names:
+            torch.testing.assert_close(apart[name][i], model.get_parameter(name).grad)
+    direction = {name: torch.ones_like(value) for name, value in values.items()}
+    _, along = torch.func.jvp(lambda leaves: loss(leaves, x[0]), (values,), (direction,))
+    torch.testing.assert_close(along, sum(apart[name][0].sum() for name in names))
+    curved = torch.func.grad(lambda leaves: sum(g.sum() for g in torch.func.grad(loss)(leaves, x[0]).values()))(values)
+    step = {name: value + 1e-6 for name, value in values.items()}
+    moved = torch.func.grad(loss)(step, x[0])
+    for name in names:
+        torch.testing.assert_close((moved[name] - apart[name][0]) / 1e-6, curved[name], rtol=1e-4, atol=1e-4)
