@@ -155,8 +155,11 @@ def test_what_trains_is_logged_once_and_honestly(sliced, tmp_path):
     assert row["alps_trained_of_qkv"] == selected.count().share()
 
 
-def test_the_best_model_is_loaded_and_old_checkpoints_go(tmp_path):
+@pytest.mark.parametrize("sliced", [False, True])
+def test_the_best_model_is_loaded_and_old_checkpoints_go(sliced, tmp_path):
     trained = model()
+    if sliced:
+        alps.slice_heads(trained, some_heads(trained))
     made = trainer(trained, tmp_path, max_steps=5, learning_rate=0.3, eval_strategy="steps", eval_steps=1, save_total_limit=2,
                    load_best_model_at_end=True, metric_for_best_model="eval_loss", eval_dataset=data()[:8])
     alps.use_heads(made, some_heads(trained))
@@ -167,8 +170,7 @@ def test_the_best_model_is_loaded_and_old_checkpoints_go(tmp_path):
     assert made.evaluate()["eval_loss"] == pytest.approx(losses[best], abs=1e-6)
     folders = {name for name in os.listdir(tmp_path) if name.startswith("checkpoint-")}
     assert len(folders) <= 2 and f"checkpoint-{best}" in folders
-    saved = type(trained).from_pretrained(tmp_path / f"checkpoint-{best}")
-    assert_same(saved, made.model)
+    assert_same(type(trained).from_pretrained(tmp_path / f"checkpoint-{best}"), made.model)
 
 
 def test_a_checkpoint_of_other_heads_is_refused(tmp_path):

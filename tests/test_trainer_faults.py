@@ -87,7 +87,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+SLOW = ("stages done again", "the digest not compared", "the start taken on resume")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAULTS])
 def test_fault_is_seen(name, monkeypatch, tmp_path):
     module, old, new, check = FAULTS[name]
     plant(monkeypatch, module, (old, new))

@@ -79,7 +79,8 @@ def some_heads(of, **options):
 
 
 def same_bytes(a, b):
-    return torch.equal(a.detach().contiguous().reshape(-1).view(torch.uint8), b.detach().contiguous().reshape(-1).view(torch.uint8))
+    a, b = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+    return torch.equal(a, b)
 
 
 def assert_same(first, second):
