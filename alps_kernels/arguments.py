@@ -77,7 +77,8 @@ class Arguments:
         ages: dict[tuple, int] = {}
         for update, state, group in zip(self.updates, self.states, groups, strict=True):
             if update.counts_on_device:
-                self.on_device.setdefault((update.param.device, id(group)), (group, []))[1].append((state["step"], update))
+                _, members = self.on_device.setdefault((update.param.device, id(group)), (group, []))
+                members.append((state["step"], update))
                 continue
             key = id(group), *state["step"].reshape(-1).tolist()
             if key not in ages:

@@ -260,7 +260,7 @@ class HeadAdamW(torch.optim.Optimizer):
         if not (updates := arguments.updates):
             return
         control = self._control(updates, found_inf)
-        fresh = [update for update in updates if not self.state.get(update.owner)] if arguments is not self._arguments else ()
+        fresh = [] if arguments is self._arguments else [u for u in updates if not self.state.get(u.owner)]
         try:
             if arguments is not self._arguments:
                 for update, state in zip(updates, arguments.states, strict=True):

@@ -137,7 +137,7 @@ class Slot:
         return tuple(blocks)
 
     def _mirrored(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """[start, stop) of the parameter cut where it leaves a mirrored range; each piece and its start in the mirror."""
+        """[start, stop) cut where it leaves a mirrored range; each piece, and where it begins in the mirror."""
         if self.mirrored is None:
             return [(start, stop, 0)]
         pieces, at = [], 0
@@ -229,7 +229,8 @@ def regrown(old: Slot, new: Slot, state: Mapping[str, Tensor]) -> tuple[Slot, di
     step = slot.step_tensor(ages, state["step"].device.type != "cpu")
     if slot.blocks == old.blocks:
         return slot, {**state, "step": step}
-    carried = {key: new.placed(new.cut(old.spread(value))) for key, value in old.decoded(state).items() if key != "step"}
+    carried = {key: new.placed(new.cut(old.spread(value)))
+               for key, value in old.decoded(state).items() if key != "step"}
     return slot, {"step": step, **slot.encoded(carried)}
 
 
@@ -241,7 +242,7 @@ def checked_precision(name: str, group: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: moment_dtype is {group['moment_dtype']!r}; expected torch.float32, torch.bfloat16 or"
                          f" {EIGHT!r}")
     if group["moment_dtype"] == EIGHT and group["amsgrad"]:
-        raise ValueError(f"{name}: amsgrad has no 8-bit form; take moment_dtype=torch.bfloat16 with it, or amsgrad=False")
+        raise ValueError(f"{name}: amsgrad has no 8-bit form; take moment_dtype=torch.bfloat16, or amsgrad=False")
 
 
 def whole(name: str, param: Tensor) -> BoundParam:

@@ -1,14 +1,20 @@
 """The optimizer's kernels compile for every target: no spills, 16-byte accesses where hinted."""
 
+import importlib.util
 import re
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import triton.language as tl
 
+import csrc_triton
 from alps_kernels.ops.adamw_tables import TILE, Tile
 from alps_kernels.ops.head_adamw import WARPS
 from csrc_triton.head_adamw import head_adamw_kernel, head_grad_norm_kernel
 
+from .mutants import edit
 from .offline import TARGETS, build, count, resources, sass, spill_free
 
 GROUPS = TILE // 8
@@ -37,11 +43,11 @@ VARIANTS = [
 ]
 
 
-def compiled(target, param, moment, master, amsgrad, aligned, control=True, mirror=False):
+def compiled(target, param, moment, master, amsgrad, aligned, control=True, mirror=False, kernel=head_adamw_kernel):
     signature = {name: kind for name, kind in TABLES.items() if control or name != "control_ptr"}
     constants = {"PARAM": TYPES[param], "GRAD": TYPES[param], "MOMENT": TYPES[moment], "MASTER": master,
                  "AMSGRAD": amsgrad, "MIRROR": mirror, "ALIGNED": aligned, "GROUPS": GROUPS}
-    return build(head_adamw_kernel, signature, constants if control else {**constants, "control_ptr": None},
+    return build(kernel, signature, constants if control else {**constants, "control_ptr": None},
                  target=target, aligned=tuple(signature), num_warps=WARPS[aligned])
 
 
@@ -108,6 +114,14 @@ def test_without_control_the_kernel_is_the_same_but_for_two_loads():
     assert scalars[0] == scalars[1] + 2 and count(without, "LDG.E.128") == 7
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_every_variant_compiles_for_every_target_without_spills(target, aligned):
+    for param, moment, master, amsgrad, mirror, _ in VARIANTS:
+        assert spill_free(compiled(target, param, moment, master, amsgrad, aligned, mirror=mirror)), (param, moment, master)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("grad", ["bf16", "fp32"])
 def test_head_grad_norm(target, grad):
@@ -123,15 +137,17 @@ def test_head_grad_norm(target, grad):
 @pytest.mark.parametrize("moment", ["fp32", "8bit"])
 def test_offsets_are_64_bit(aligned, moment):
     """Offsets of data come from int64 tables and stay int64: no 32-bit product feeds an address."""
-    built = compiled("sm_90", "bf16", moment, "split", False, aligned, mirror=True)
+    assert not narrow_offsets(compiled("sm_90", "bf16", moment, "split", False, aligned, mirror=True))
+
+
+def narrow_offsets(built):
+    """Lines of the IR in which a 32-bit offset, or a 32-bit product that was widened, feeds an address."""
     ttir = built.asm["ttir"]
-    for line in ttir.splitlines():
-        if "tt.addptr" in line and "tensor<" in line and "x1x!tt" not in line:
-            assert "xi64>" in line.rsplit(":", 1)[1], line
+    found = [line for line in ttir.splitlines() if "tt.addptr" in line and "tensor<" in line and "x1x!tt" not in line
+             and "xi64>" not in line.rsplit(":", 1)[1]]
     made = dict(re.findall(r"(%\w+) = ([\w.]+ .*)", ttir))
-    for name, text in made.items():
-        if text.startswith("arith.extsi") and "i32> to tensor" in text and not _bounded(made, text):
-            pytest.fail(f"{name} = {text}: a 32-bit product is widened into an offset")
+    return found + [text for text in made.values()
+                    if text.startswith("arith.extsi") and "i32> to tensor" in text and not _bounded(made, text)]
 
 
 def _bounded(made, text):
@@ -143,3 +159,24 @@ def _bounded(made, text):
             return False
         source = made.get(re.findall(r"%\w+", source)[0], "")
     return source.startswith(("arith.divsi", "arith.remsi", "tt.make_range", "arith.constant"))
+
+
+def test_a_32_bit_offset_is_seen(tmp_path):
+    """The gate above, on a copy of the kernel whose offsets of param are products of 32 bits."""
+    package = tmp_path / "narrow_kernels"
+    shutil.copytree(Path(csrc_triton.__path__[0]), package)
+    wide = "offs_p = _field(tile, 2, ALIGNED) + row * _field(tile, 5, ALIGNED)"
+    narrow = wide.replace("row * _field(tile, 5, ALIGNED)",
+                          "(row.to(tl.int32) * _field(tile, 5, ALIGNED).to(tl.int32)).to(tl.int64)")
+    file = package / "head_adamw.py"
+    file.write_text(edit(file.read_text(), (wide, narrow)))
+    spec = importlib.util.spec_from_file_location("narrow_kernels", package / "__init__.py",
+                                                  submodule_search_locations=[str(package)])
+    sys.modules["narrow_kernels"] = importlib.util.module_from_spec(spec)
+    try:
+        kernel = importlib.import_module("narrow_kernels.head_adamw").head_adamw_kernel
+        for aligned in (True, False):
+            assert narrow_offsets(compiled("sm_90", "bf16", "fp32", "split", False, aligned, kernel=kernel))
+    finally:
+        for name in [name for name in sys.modules if name.startswith("narrow_kernels")]:
+            del sys.modules[name]
