@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alps_kernels.binding import BoundSelection
-from alps_kernels.ops.head_adamw import head_grad_norm
+from alps_kernels.ops.head_adamw import Launches, head_grad_norm
 from alps_kernels.optimizer import HeadAdamW
 from bench.attention import DEVICE, Selected, masks_of, sweep
 from bench.common import gate
@@ -24,8 +24,8 @@ from bench.race import Entry, race, rows_of
 
 def ours(params: dict[str, nn.Parameter], bound: BoundSelection) -> Entry:
     optimizer = HeadAdamW(params.values(), heads=bound)
-    updates, plans = optimizer._updates(), {}
-    return Entry(lambda: head_grad_norm(updates, plans=plans),
+    arguments, launches = optimizer._ready(), Launches()
+    return Entry(lambda: head_grad_norm(arguments.updates, launches=launches),
                  lambda: {"bytes": bound.numel * params["0.q"].element_size(), "note": "the selected slices read once"})
 
 

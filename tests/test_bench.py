@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench import __main__ as bench_main
-from bench import common, gpu, predictions, race, report, rivals
-from bench.shapes import RATIOS, SHAPES, heads_of
+from bench import attention, bench_adamw, bench_dw, bench_grad_norm, common, gpu, predictions, race, report, rivals
+from bench.shapes import RATIOS, SHAPES, Shape, heads_of
 
 
 def stage(name, code, limit=30.0):
@@ -118,6 +118,30 @@ def test_what_a_call_allocates_is_counted():
 def test_the_bench_command_names_what_there_is_and_quick_covers_it(capsys):
     assert bench_main.main(["no-such-bench"]) == 2 and "adamw" in capsys.readouterr().err
     assert set(bench_main.QUICK) == set(bench_main.NAMES)
+
+
+TINY = Shape("tiny", 2, 96, 6, 2, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_the_norm_s_and_the_step_s_contestants_run(adjacent, dtype, monkeypatch):
+    case = attention.Selected.of(TINY, 2, 0.5, adjacent, dtype)
+    rows = bench_grad_norm.run(case, 10.0, 2)
+    assert [row["rival"] for row in rows] == ["head_grad_norm", "mask + torch norm", "torch norm, dense"]
+    assert rows[0]["bytes"] == case.bound.numel * dtype.itemsize and all(row["median_ms"] > 0 for row in rows)
+    monkeypatch.setattr(bench_adamw, "RIVALS", {"torch AdamW fused": rivals.RIVALS["torch AdamW fused"]})
+    bench_adamw.parity()
+    rows = {row["rival"]: row for row in bench_adamw.run(case, 10.0, 2)}
+    per_element = rows["HeadAdamW"]["bytes"] / case.bound.numel
+    assert per_element == pytest.approx(28 if dtype == torch.float32 else 26, rel=0.01)
+    assert "HeadAdamW moment_dtype=8bit" in rows and "torch AdamW fused, dense" in rows
+
+
+@pytest.mark.parametrize("part", ["q", "o"])
+def test_the_selected_gradient_s_contestants_run(part):
+    rows = bench_dw.run(TINY, part, 0.5, False, 24, torch.float32, 10.0, 2)
+    assert [row["rival"] for row in rows][::3] == ["head_grad", "whole dW"] and "GFLOP/s" in rows[0]["note"]
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
