@@ -191,9 +191,9 @@ class _Likeness:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.guards = self.facts = None
-        if TensorGuards is not None and tensors:
+        try:
             self.guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        else:
+        except TypeError:  # there is none, or it takes something else
             self.facts = self._of(tensors)
 
     def same(self, tensors: Sequence[Tensor | None]) -> bool:

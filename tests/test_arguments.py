@@ -12,7 +12,7 @@ from torch import nn
 from alps_kernels import arguments
 from alps_kernels.arguments import ParamState
 from alps_kernels.binding import BoundParam
-from alps_kernels.ops import device_code, head_adamw
+from alps_kernels.ops import device_code, head_adamw, staging
 from alps_kernels.optimizer import HeadAdamW
 
 from .optimizer_cases import bind, fill_grads, make, mirrored_module, same_bytes, selection, snapshot, toy
@@ -127,6 +127,12 @@ def test_launches_go_past_dispatch_from_the_second_on(kernel):
     assert len(kernel.dispatched) == 2
     optimizer.step()
     assert len(kernel.dispatched) == 2
+
+
+def test_under_another_triton_every_launch_is_dispatched(kernel, monkeypatch):
+    monkeypatch.setattr(staging, "_binaries_are_known", lambda: False)
+    _, optimizer = many(2)
+    assert len(kernel.dispatched) == 2 and not kernel.seen
 
 
 def test_addresses_and_numbers_arrive(kernel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from array import array
 from collections.abc import Sequence
@@ -67,8 +68,9 @@ class Launch:
 
     Triton's dispatch looks at every argument of every launch for 5 to 7 us; the binary takes 1.
     What it looks for cannot change between launches of one plan: dtypes, constants, and that
-    every table lies at a multiple of 16 bytes. Without a compiled kernel (Triton's interpreter,
-    or a Triton that returns none) every launch goes through dispatch.
+    every table lies at a multiple of 16 bytes. Where dispatch returns no binary (Triton's
+    interpreter), and under a Triton whose binaries were not looked at, every launch goes through
+    dispatch.
     """
 
     def __init__(self, kernel: Any, n: int, constants: dict[str, Any], num_warps: int) -> None:
@@ -82,5 +84,14 @@ class Launch:
             compiled(*tensors, *self.constants.values())
             return
         out = self.kernel[self.grid](*tensors, **self.constants, num_warps=self.num_warps, enable_fp_fusion=False)
-        if hasattr(out, "packed_metadata") and hasattr(type(out), "__getitem__"):
+        if hasattr(out, "packed_metadata") and _binaries_are_known():
             self.compiled[key] = out[self.grid]
+
+
+@functools.cache
+def _binaries_are_known() -> bool:
+    """`CompiledKernel[grid](*arguments, *constants)` is a launch: read in Triton 3.6 and 3.9."""
+    import triton
+
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    return (3, 6) <= (major, minor) <= (3, 9)
