@@ -278,16 +278,17 @@ def _register(inner: nn.Module, models: Iterable[nn.Module], state: _State | Non
         _STATES[inner] = state
 
 
+@torch.no_grad()  # a `with` of our own could be left by an interrupt on its last line, and gradients stay off
 def _write(source: ModelSource, name: str, cut: Cut, values: Tensor) -> None:
     from .mirrors import leaf_of, mirror_of
 
     param = source.params[name]
-    with torch.inference_mode(param.is_inference()):  # a model that was loaded in inference mode is writable only there
-        cut.put(values, param.detach())
+    # A model that was loaded in inference mode is writable only there.
+    put = torch.inference_mode()(cut.put) if param.is_inference() else cut.put
+    put(values, param.detach())
     if (leaf := leaf_of(param)) is not None:
         mirror = mirror_of(leaf)
-        with torch.no_grad():
-            leaf.copy_(mirror.cut(param))
+        leaf.copy_(mirror.cut(param))
         mirror.written(leaf)
 
 

@@ -75,6 +75,7 @@ def test_an_interrupt_at_every_line_of_a_swap(case, action):
             act(model, patches)
         old, new = same(model, before), same(model, after)
         assert old or new, f"torn at line {at} of {lines[0]}"
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), f"gradients left off at line {at}"
         ended.add("old" if old else "new")
         ready()
     assert "old" in ended
