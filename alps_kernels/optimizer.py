@@ -14,6 +14,7 @@ from .binding import BoundSelection
 from .ops.head_adamw import Launches, head_adamw_, head_grad_norm
 from .ops.updates import Update
 from .placement import like
+from .replaced import Known, replaced
 from .saved_state import FORMAT, VERSION, read_saved, saved_entry
 from .sharding import sum_of_squares
 from .state import (
@@ -102,6 +103,7 @@ class HeadAdamW(torch.optim.Optimizer):
         self._launches, self._arguments = Launches(), None  # tables and arguments of the last step, for the next
         super().__init__(params, {**plain.defaults, "master": master, "moment_dtype": moment_dtype})
         self._slots: dict[Tensor, Slot] = self._make_slots(heads)
+        self._params = Known(self._indices())
 
     # -- what trains -------------------------------------------------------------------------
 
@@ -112,6 +114,7 @@ class HeadAdamW(torch.optim.Optimizer):
         try:
             if "_slots" in self.__dict__:  # else under construction, group by group
                 self._slots = {**self._make_slots(self.heads), **self._slots}
+                self._params = Known(self._indices())
         except (ValueError, TypeError):
             del self.param_groups[before:]
             raise
@@ -137,7 +140,7 @@ class HeadAdamW(torch.optim.Optimizer):
             for param in [p for p in self.state if p not in states]:
                 del self.state[param]
             self.state.update(states)
-            self.heads, self._slots, self._arguments = heads, slots, None
+            self.heads, self._slots, self._arguments, self._params = heads, slots, None, Known(self._indices())
             self._launches = self._launches.for_others()
 
     @contextmanager
@@ -176,6 +179,13 @@ class HeadAdamW(torch.optim.Optimizer):
                              " and bind it again after fully_shard, which replaces parameters")
         check_overlaps(everything, slots)
         return slots
+
+    def _follow(self) -> None:
+        """Train the parameters that were put in the place of those that trained."""
+        gone, heads = replaced(list(self._indices()), self._params, self._slots, self.heads, self.state)
+        if gone:
+            kept = {param: slot for param, slot in self._slots.items() if param not in gone}
+            self._slots, self.heads, self._params = {**self._make_slots(heads), **kept}, heads, Known(self._indices())
 
     # -- the step ----------------------------------------------------------------------------
 
@@ -220,6 +230,7 @@ class HeadAdamW(torch.optim.Optimizer):
                 if self._launches.outdated:
                     kept.take(grads)
                 return kept
+        self._follow()
         updates, states, groups, absent = [], [], [], []
         for group in self.param_groups:
             for param in group["params"]:
@@ -318,6 +329,7 @@ class HeadAdamW(torch.optim.Optimizer):
         for any number of them: a collective, which every rank must call. State of parameters
         that train whole is sharded as they are.
         """
+        self._follow()
         saved = super().state_dict()
         saved["state"] = {key: dict(entry) for key, entry in saved["state"].items()}
         index = self._indices()
@@ -334,6 +346,7 @@ class HeadAdamW(torch.optim.Optimizer):
 
         Where elements of one parameter differ in age it has the step count of the oldest.
         """
+        self._follow()
         saved = super().state_dict()
         slots = {index: self._slots[param] for param, index in self._indices().items() if param in self._slots}
         state = {index: {key: value.max() if key == "step" else like(slots[index].param, slots[index].spread(value))
@@ -352,6 +365,7 @@ class HeadAdamW(torch.optim.Optimizer):
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"the state dict is a {type(state_dict).__name__}; expected what state_dict() returns")
+        self._follow()
         read: dict[str, Any] = {}
 
         def take(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -378,6 +392,7 @@ class HeadAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        self.__dict__.setdefault("_params", Known(self._indices()))
         if incoming := self.__dict__.get("_incoming"):
             self._slots, self.seed = incoming["slots"], incoming["seed"]
             self.state.update(incoming["states"])

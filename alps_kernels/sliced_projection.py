@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from .mirrors import SUFFIX, Mirror
 from .ops.head_grad import head_grad, selected
 from .ops.weight_slices import input_grad, write_slices
-from .placement import is_sharded, local, share_of
+from .placement import is_sharded, like, local, share_of
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -233,7 +233,10 @@ def _blank(plain_class: type[nn.Module]) -> nn.Module:
 def _loaded(leaf: nn.Parameter, values: Tensor) -> nn.Parameter:
     """The leaf with new values: the same parameter where it can hold them, for its optimizer's sake."""
     if is_sharded(leaf):
-        local(leaf).copy_(share_of(leaf, values))
+        held = share_of(leaf, values)
+        if leaf.is_meta and not values.is_meta:
+            return nn.Parameter(like(leaf, held.clone()), requires_grad=leaf.requires_grad)
+        local(leaf).copy_(held)
         return leaf
     if leaf.is_meta and not values.is_meta:
         return nn.Parameter(values, requires_grad=leaf.requires_grad)

@@ -271,7 +271,7 @@ FAULTS = {
     "backward with the weight as gathered": (sliced_projection, [("            if leaf is not None:\n", "            if False:\n")],
                                              CHECKS["fsdp"]),
     "forward with the weight as gathered": (mirrors, [("self._copy(weight, leaf, silent=True)", "pass")], CHECKS["fsdp_kept"]),
-    "leaves not loaded": (sliced_projection, [("        local(leaf).copy_(share_of(leaf, values))\n", "        pass\n")],
+    "leaves not loaded": (sliced_projection, [("        local(leaf).copy_(held)\n", "        pass\n")],
                           save_and_load),
     "leaves loaded from one rank": (placement, [("return sum_bytes_(whole, weight)", "return whole")], save_and_load),
 }
