@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import torch
-import torch._inductor.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,12 +58,6 @@ def compiled(model, backend):
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
-@pytest.fixture(autouse=True)
-def no_compiled_code_of_other_runs():
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-
-
 @pytest.fixture
 def no_recompilation():
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -97,7 +90,7 @@ def test_compiled_training_is_eager_training(model_type, backend, no_recompilati
     assert torch.equal(loss_of(other, 5), loss_of(copy.deepcopy(other), 5))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_eager_code_beside_compiled_code_sees_its_steps(backend):
     """The compiled backward leaves no trace on the mirror, and a step by hand none on the leaf."""
     _, selection, model = toy()
