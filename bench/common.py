@@ -23,6 +23,19 @@ COLUMNS = (*ENVIRONMENT, "bench", "case", "rival", "median_ms", "p20_ms", "p80_m
 SHOWN = ("case", "rival", "median_ms", "gbps", "share", "ratio", "note")
 
 
+def _git(*arguments: str) -> str:
+    """What git says of this tree; nothing where there is no git or no history."""
+    try:
+        ran = subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return ran.stdout.strip()
+
+
+# What is checked out when a benchmark starts; hours later another commit may be.
+AT_START = (_git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(_git("status", "--porcelain", "-uno"))
+
+
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -31,9 +44,7 @@ def device_name() -> str:
 
 def environment() -> dict[str, str]:
     """What a number was taken on: the first columns of its row."""
-    commit = os.environ.get("COMMIT")  # for a copy of the tree without its history
-    if not commit:
-        commit = (_git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(_git("status", "--porcelain", "-uno"))
+    commit = os.environ.get("COMMIT") or AT_START  # the variable: for a copy of the tree without its history
     module = getattr(sys.modules["__main__"], "__spec__", None)
     called = f"python -m {module.name.removesuffix('.__main__')}" if module else Path(sys.argv[0]).name
     return {
@@ -116,15 +127,6 @@ def table(rows: Sequence[dict], columns: Sequence[str] = SHOWN) -> None:
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _git(*arguments: str) -> str:
-    """What git says of this tree; nothing where there is no git or no history."""
-    try:
-        ran = subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True)
-    except OSError:
-        return ""
-    return ran.stdout.strip()
 
 
 def _short(value: object) -> object:

@@ -70,7 +70,9 @@ def memory(folder: Path, bench: str, rows: Sequence[Row]) -> list[str]:
                  for row in rows if row["case"] == case and row["saved_bytes"] and float(row["ratio"]) == 0.1
                  and row["method"] != "frozen model"}
         name = f"{bench}{f'-{index}' if index else ''}.png"
-        memory_bars(folder / name, parts, title=f"One training step, 10 % of heads, weights not counted\n{case}")
+        model, *rest = case.split(", ")
+        memory_bars(folder / name, parts, title=f"One training step, 10 % of heads, weights not counted\n"
+                                                f"{model}, {rest[0]}\n{', '.join(rest[1:])}")
         names.append(name)
     return names
 
@@ -91,11 +93,11 @@ def training(folder: Path, bench: str, rows: Sequence[Row]) -> list[str]:
         for row in rows:
             if row["case"] == last["case"] and row["loss"] and member(row["kind"]):
                 lines.setdefault(row["kind"], []).append((float(row["step"]), float(row["loss"])))
-        if lines:
+        if len(lines) > 1:  # beside fp32
             model, *rest = last["case"].split(", ")
             curves(folder / name, lines, ylabel="loss of the batch",
-                   title=f"{about}: {model}, {', '.join(rest[:3])}\n{', '.join(rest[3:])}, same seed and batches, "
-                         f"torch {last['torch']}, {last['date']}")
+                   title=f"{about}: {model}, {', '.join(rest[:3])}\n{', '.join(rest[3:])}\n"
+                         f"same seed and batches, torch {last['torch']}, {last['date']}")
             names.append(name)
     return names
 
