@@ -129,7 +129,8 @@ def test_sliced_projections_compile(backend):
 def test_autocast_a_scaler_and_checkpointing_train_sliced_heads():
     _, heads, sliced, bound = there("llama")
     sliced.train().gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer, scaler = alps.HeadAdamW(sliced.parameters(), lr=1e-2, heads=bound), torch.amp.GradScaler(DEVICE)
+    optimizer = alps.HeadAdamW(sliced.parameters(), lr=1e-2, heads=bound)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
     losses = []
     for _ in range(6):
         with torch.autocast(DEVICE, dtype=torch.float16):
