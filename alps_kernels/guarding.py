@@ -16,7 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from .binding import BoundParam, BoundSelection, Ranges, complement, merge
 from .layout import HeadLayout, as_matrix
 from .mirrors import mirrors_in
+from .placement import is_sharded
 from .selection import HeadSelection, selection_of
+from .sharding import part_here
 
 SLAB = {"cpu": 2**18, "cuda": 2**24}  # words digested at once: near the cache, or enough to fill the device
 FOLD = 64  # elements of a long vector that share a digest
@@ -42,8 +44,8 @@ class Change:
 
     Attributes:
         name: of the parameter or buffer.
-        rows, columns: half-open ranges of the tensor seen as [shape[0], -1]; the columns are
-            empty where they could not be told (or where it is a vector).
+        rows, columns: half-open ranges of the tensor seen as [shape[0], -1] (of a sharded one: of
+            what this rank holds); the columns are empty where they could not be told (or where it is a vector).
         what: said instead of places, where the tensor is gone or of another dtype or shape.
     """
 
@@ -171,6 +173,8 @@ class Guard:
     def _frozen(self, name: str, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The rectangles of a tensor that must not move, with the row or column each begins at."""
         part = self._parts.get(name) or BoundParam(name, tensor, 0, ())
+        if is_sharded(part.param):  # in the rows and columns of what this rank holds
+            part = part_here(part)
         matrix = _matrix(tensor)
         for start, stop in complement(part.ranges, matrix.shape[part.dim]):
             yield start, matrix.narrow(part.dim, start, stop - start)

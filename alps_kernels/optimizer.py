@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .arguments import Arguments, ParamState, mirrored
 from .binding import BoundSelection
+from .cautions import Cautions
 from .ops.head_adamw import Launches, head_adamw_, head_grad_norm
 from .ops.updates import Update
 from .placement import like
@@ -104,6 +105,7 @@ class HeadAdamW(torch.optim.Optimizer):
         super().__init__(params, {**plain.defaults, "master": master, "moment_dtype": moment_dtype})
         self._slots: dict[Tensor, Slot] = self._make_slots(heads)
         self._params = Known(self._indices())
+        self._cautions: Cautions | None = Cautions(self._slots.values())
 
     # -- what trains -------------------------------------------------------------------------
 
@@ -142,6 +144,7 @@ class HeadAdamW(torch.optim.Optimizer):
             self.state.update(states)
             self.heads, self._slots, self._arguments, self._params = heads, slots, None, Known(self._indices())
             self._launches = self._launches.for_others()
+            self._cautions = Cautions(slots.values(), again=True)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -217,7 +220,15 @@ class HeadAdamW(torch.optim.Optimizer):
             self._apply(arguments)
         finally:
             arguments.release()  # so that `zero_grad` frees their memory
+        if self._cautions is not None:
+            self._watch_first_steps(arguments)
         return loss
+
+    def _watch_first_steps(self, arguments: Arguments) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        taken = (arguments is self._arguments or not arguments.updates) and (found_inf is None or float(found_inf) == 0)
+        if taken and not self._cautions.after_step(self.param_groups, self.state):
+            self._cautions = None
 
     def _ready(self) -> Arguments:
         """What the step takes, checked: that of the last step where it holds."""
@@ -388,6 +399,7 @@ class HeadAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_cautions", None)
         self._launches, self._arguments = self.__dict__.get("_launches", Launches()).for_others(), None
         for group in self.param_groups:
             for key, value in self.defaults.items():

@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -242,6 +243,7 @@ class HeadSelection:
             The bound selection, as `bind(model, rest=rest)` gives it.
         """
         bound = self.bind(model, rest=_checked_rest(rest), layout=layout)
+        _warn_of_ties(model, bound)
         trained = {id(part.param) for part in bound.params}
         before = [(param, param.requires_grad) for param in model.parameters() if param.is_floating_point()]
         try:
@@ -387,6 +389,17 @@ def _several(value: Any, what: str, of: str) -> list:
         return list(value)
     except TypeError:
         raise TypeError(f"{what} is {value!r}; expected {of}") from None
+
+
+def _warn_of_ties(model: nn.Module, bound: BoundSelection) -> None:
+    """Warns where a parameter that holds selected heads is in several places of the model."""
+    places: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(param), []).append(name)
+    for part in bound.params:
+        if (bound.rest == "frozen" or not part.full) and len(names := places.get(id(part.param), [])) > 1:
+            warnings.warn(f"{names[0]} holds selected heads and is tied to {', '.join(names[1:])}: what trains there "
+                          "changes here", stacklevel=3)
 
 
 def _checked_rest(rest: Any) -> str:

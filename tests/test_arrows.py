@@ -22,8 +22,9 @@ ALLOWED = {
     "sliceable": {"layout", "binding", "sliced_projection"},
     "sliced": {"layout", "locate", "selection", "binding", "mirrors", "sliceable", "sliced_projection"},
     "selection": {"layout", "binding", "files"},
-    "guarding": {"layout", "binding", "selection", "mirrors"},
-    "optimizer": {"ops", "binding", "state", "saved_state", "arguments", "mirrors", "placement", "sharding", "replaced"},
+    "cautions": {"state"},
+    "guarding": {"layout", "binding", "selection", "mirrors", "placement", "sharding"},
+    "optimizer": {"ops", "binding", "state", "saved_state", "arguments", "mirrors", "placement", "sharding", "replaced", "cautions"},
     "arguments": {"ops", "mirrors"},
     "saved_state": {"state", "placement", "sharding"},
     "state": {"ops", "binding", "mirrors", "placement", "sharding"},
@@ -57,7 +58,7 @@ ALLOWED = {
 }
 # What a room may import from outside; a room that is not named here: anything installed.
 OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton"}, "optimizer": {"torch"}, "arguments": {"torch"}, "state": {"torch"},
-           "saved_state": {"torch"}, "sharding": {"torch"}, "placement": {"torch"}, "replaced": {"torch"}, "guarding": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
+           "saved_state": {"torch"}, "sharding": {"torch"}, "placement": {"torch"}, "replaced": {"torch"}, "guarding": {"torch"}, "cautions": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
            "sliced": {"torch"}, "sliceable": {"torch"}, "sliced_projection": {"torch"},
            "files": set(), "__init__": set()}
 STANDARD = __import__("sys").stdlib_module_names
