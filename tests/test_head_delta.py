@@ -192,6 +192,16 @@ def test_changes_of_other_kinds(change, exactly, monkeypatch):
     assert bool(seen) == exactly
 
 
+def test_logits_of_two_spreads_whose_mean_moves():
+    # Of x and its mean, float32 leaves a rest; it is spread as G is, and G lies half as dense in one half.
+    generator = torch.Generator().manual_seed(1)
+    base = torch.cat([torch.randn(3, 1, 20000, generator=generator), 0.01 * torch.randn(3, 1, 20000, generator=generator)], 2)
+    base = base.bfloat16()
+    task = base.float() + 1e-3 + 1e-4 * torch.randn(base.shape, generator=generator)
+    layer = [Segment(base, task, (0, 1, 2))]
+    close(head_delta([layer], ["pad"]), stored_oracle([layer]), metrics=["pad"])
+
+
 @pytest.mark.parametrize("score", [head_delta, head_delta_projection])
 def test_threads_share_the_heads(score):
     group = (0, 0, 1, 1, 2)
@@ -252,6 +262,7 @@ FAULTS = {
     "every stretch starts anew": (reference_near, "                d[:, :1] += self.end\n", "", JOINED),
     "temperature is ignored": (reference_near, "            if self.tau != 1:\n                x.div_(self.tau)\n", "",
                                [lambda: test_temperature(0.5)]),
+    "a rest of any size is taken off in a line": (reference_near, "self.bent *", "0 *", [test_logits_of_two_spreads_whose_mean_moves]),
     "far heads pass as near": (reference_near, "(self.far <= FAR) & ", "", [lambda: kinds(lambda b, e: b + 0.1 * e.clamp(-3, 3), True)]),
     "concentrated heads pass": (reference_near, "& ~self.concentrated ", "", [lambda: test_concentrated_softmax(4.0)]),
     "cancelled sums pass": (reference_near, ">= CANCELLED * s[d] * s[a]", ">= -1.0", [test_weights_that_shrink]),
