@@ -230,8 +230,8 @@ def _onto_leaves(bound: BoundSelection, model: nn.Module, mirrors: dict[str, Mir
         if part is None or (part.dim, part.ranges) != (mirror.dim, mirror.ranges):
             sort = ("rows", "columns")[mirror.dim]
             raise ValueError(f"{name} was sliced into {sort} {list(mirror.ranges)}, but of it this selection with rest"
-                             f" {bound.rest!r} trains {'nothing' if part is None else list(part.ranges)}: slice the model"
-                             " for this selection first (alps_kernels.slice_heads)")
+                             f" {bound.rest!r} trains {'nothing' if part is None else list(part.ranges)}: slice the"
+                             " model for this selection first (alps_kernels.slice_heads)")
     partial = [part.name for part in bound.params if not part.full and part.name not in mirrors]
     if partial:
         raise ValueError(f"{partial[0]} holds selected slices but was not sliced with the rest of this model: slice the"

@@ -82,13 +82,13 @@ class Mirror:
         return list(zip(self.blocks(weight), leaf.split([b - a for a, b in self.ranges], self.dim), strict=True))
 
     def cut(self, weight: Tensor) -> Tensor:
-        """The leaf's values, from a tensor of the full parameter's shape; of a sharded one on every rank (a collective)."""
+        """The leaf's values, from a tensor of the full parameter's shape; a collective where it is sharded."""
         if is_sharded(weight):
             return read_ranges(weight.detach(), self.dim, self.ranges)
         return torch.cat([block.detach() for block in self.blocks(weight)], self.dim)
 
     def composed(self, weight: Tensor, leaf: Tensor) -> Tensor:
-        """A weight of its own with the leaf in it, differentiable: for transforms (torch.func), which bear no writing."""
+        """A weight of its own with the leaf in it, differentiable: torch.func's transforms bear no writing."""
         index = torch.cat([torch.arange(start, stop, device=weight.device) for start, stop in self.ranges])
         return weight.index_copy(self.dim, index, leaf)
 
@@ -167,7 +167,7 @@ class Mirror:
             torch._foreach_copy_(*self._views(weight, leaf))
 
     def _views(self, weight: Tensor, leaf: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The parts of weight and leaf, `pairs` apart; kept for the module's own parameters: they cost more than the copy."""
+        """`pairs`, apart; kept for the module's own parameters, since they cost more than the copy."""
         key = (weight.data_ptr(), leaf.data_ptr(), weight.dtype, leaf.dtype)
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
@@ -214,7 +214,12 @@ def refresh(model: nn.Module) -> None:
 
 def _register(table: dict, param: Tensor, mirror: Mirror) -> None:
     key = id(param)
-    table[key] = weakref.ref(param, lambda dead: table.pop(key) if table.get(key, (None,))[0] is dead else None), weakref.ref(mirror)
+
+    def gone(dead: weakref.ref) -> None:
+        if table.get(key, (None,))[0] is dead:
+            del table[key]
+
+    table[key] = weakref.ref(param, gone), weakref.ref(mirror)
 
 
 def _found(table: dict, param: Tensor) -> Mirror | None:

@@ -57,7 +57,8 @@ def find_places(model: nn.Module, bound: BoundSelection) -> list[Place]:
         for key, param in held[index]._parameters.items():
             if id(param) in wholes and key in ("weight", "bias"):
                 parts.setdefault(key, wholes[id(param)])
-    return [Place(held[i], {key: parts[key] for key in ("weight", "bias") if key in parts}) for i, parts in found.items()]
+    return [Place(held[index], {key: parts[key] for key in ("weight", "bias") if key in parts})
+            for index, parts in found.items()]
 
 
 def product_of(plain_class: type[nn.Module]) -> str | None:
@@ -72,8 +73,8 @@ def _check_module(path: str, module: nn.Module, key: str, parent: nn.Module | No
     plain = getattr(kind, "plain_class", kind)
     named = f"{path or 'the model'} ({plain.__name__})"
     if key not in ("weight", "bias") or not (issubclass(plain, nn.Linear) or plain.__name__ == "Conv1D"):
-        raise LayoutError(f"{named} holds selected heads in {key} and is neither an nn.Linear nor a transformers Conv1D; "
-                          "only those can be sliced")
+        raise LayoutError(f"{named} holds selected heads in {key} and is neither an nn.Linear nor a transformers "
+                          "Conv1D; only those can be sliced")
     if product_of(plain) is None or "forward" in module.__dict__:
         raise LayoutError(f"{named} has a forward of its own (an adapter, a quantised layer or a hook around it), past "
                           "which its slices would have no gradient; slice the plain model")
@@ -83,8 +84,8 @@ def _check_module(path: str, module: nn.Module, key: str, parent: nn.Module | No
     if parent is not None and getattr(parent, "base_layer", None) is module:
         raise LayoutError(f"{named} is wrapped by {type(parent).__name__}; take the adapter off or merge it first")
     if parent is not None and f"{path.rpartition('.')[2]}.{key}" in _read_directly(type(parent)):
-        raise LayoutError(f"{named}: {type(parent).__name__} multiplies with its {key} itself instead of calling it, and "
-                          "its slices would have no gradient there")
+        raise LayoutError(f"{named}: {type(parent).__name__} multiplies with its {key} itself instead of calling it, "
+                          "and its slices would have no gradient there")
 
 
 @functools.cache
@@ -108,7 +109,7 @@ def _read_directly(parent: type[nn.Module]) -> frozenset[str]:
 def _check_param(part: BoundParam) -> None:
     param = part.param
     if type(param) is not nn.Parameter or param.layout != torch.strided:
-        raise LayoutError(f"{part.name} is a {type(param).__name__} ({param.layout}); expected a plain parameter: slice "
-                          "the model before it is sharded or quantised")
+        raise LayoutError(f"{part.name} is a {type(param).__name__} ({param.layout}); expected a plain parameter: "
+                          "slice the model before it is sharded or quantised")
     if param.is_inference() or torch.is_inference_mode_enabled():
         raise LayoutError(f"{part.name}: a model that lives in inference mode cannot train; slice it outside of it")

@@ -137,7 +137,7 @@ def _restore(model: nn.Module) -> None:
 
 
 def _before(model: nn.Module) -> dict[str, bool] | None:
-    """What `slice_heads` noted of the model, by names in it; also where it was sliced before or after it was wrapped."""
+    """What `slice_heads` noted of the model, by names in it; also where it was wrapped before or since."""
     for prefix, module in model.named_modules():
         if (noted := module.__dict__.get(_BEFORE)) is not None:
             return {f"{prefix}.{name}" if prefix else name: value for name, value in noted.items()}
@@ -154,7 +154,8 @@ def _slice(place: Place, leaves: dict[str, nn.Parameter]) -> None:
     module, plain_class = place.module, type(place.module)
     weight, bias = place.parts.get("weight"), place.parts.get("bias")
     product = product_of(plain_class)
-    cut = Cut(product, weight is not None and (weight.dim == 0) == (product != "addmm"), None if weight is None else weight.ranges,
+    cut = Cut(product, weight is not None and (weight.dim == 0) == (product != "addmm"),
+              None if weight is None else weight.ranges,
               None if bias is None else bias.ranges)
     mirrors = {name: Mirror(module, name, part.dim, part.ranges, part.param.requires_grad)
                for name, part in place.parts.items()}

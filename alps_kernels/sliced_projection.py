@@ -74,7 +74,8 @@ class SlicedProject(torch.autograd.Function):
         kept = leaf = None
         if ctx.needs_input_grad[3]:
             kept = x if cut.outputs else selected(x, cut.weight).to(out.dtype, copy=len(cut.weight) == 1)
-        if ctx.needs_input_grad[0] and weight_leaf is not None and not (mirrors and mirrors[0].owns(weight, weight_leaf)):
+        owned = mirrors and weight_leaf is not None and mirrors[0].owns(weight, weight_leaf)
+        if ctx.needs_input_grad[0] and not owned:
             leaf = weight_leaf  # FSDP2 fills the weight anew before backward
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None, leaf)
         ctx.cut, ctx.mirrors, ctx.shape, ctx.dtype = cut, mirrors, x.shape, x.dtype
@@ -137,19 +138,20 @@ class Sliced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
+        full = {"weight": weight, "bias": bias}
         leaves = {name: getattr(self, name + SUFFIX) for name in self._mirrors}
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-            whole = {name: self._mirrors[name].composed(full, leaves[name]) if name in leaves else full
-                     for name, full in (("weight", weight), ("bias", bias))}
+            whole = full | {name: self._mirrors[name].composed(full[name], leaf) for name, leaf in leaves.items()}
             return plain(x, whole["weight"], whole["bias"], self._cut.product)
-        self._refresh({"weight": weight, "bias": bias}, leaves)
+        self._refresh(full, leaves)
         trains = [leaf.requires_grad for leaf in leaves.values()]
         if torch.is_grad_enabled():
-            if weight.requires_grad and "weight" in leaves or bias is not None and bias.requires_grad and "bias" in leaves:
+            if any(full[name].requires_grad for name in leaves):
                 raise RuntimeError(_UNFROZEN.format(type(self).__name__, list(weight.shape)))
             if any(trains) or x.requires_grad:
                 mirrors = () if torch.compiler.is_compiling() else tuple(self._mirrors.values())
-                return SlicedProject.apply(x, weight, bias, leaves.get("weight"), leaves.get("bias"), self._cut, mirrors)
+                return SlicedProject.apply(x, weight, bias, leaves.get("weight"), leaves.get("bias"), self._cut,
+                                           mirrors)
         elif self.training and any(trains) and not torch.compiler.is_compiling():
             _refuse_lost_gradients()
         return plain(x, weight, bias, self._cut.product)
@@ -166,7 +168,7 @@ class Sliced(nn.Module):
                 mirror.refresh(full[name], leaves[name])
 
     def extra_repr(self) -> str:
-        shares = [f"{name}: {mirror.size} of {mirror.weight.shape[mirror.dim]} {'columns' if mirror.dim else 'rows'} train"
+        shares = [f"{name}: {mirror.size} of {mirror.weight.shape[mirror.dim]} {('rows', 'columns')[mirror.dim]} train"
                   for name, mirror in self._mirrors.items()]
         return ", ".join([super().extra_repr(), *shares])
 

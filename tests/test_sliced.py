@@ -256,8 +256,9 @@ def test_all_heads_need_no_slices_and_none_train_nothing():
     assert not bound.params and not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
-def test_the_rest_may_train_too():
-    plain = tiny("qwen2", dtype=torch.float64)
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt2", "bert"])
+def test_the_rest_may_train_too(model_type):
+    plain = tiny(model_type, dtype=torch.float64)
     heads = some_heads(plain)
     sliced = copy.deepcopy(plain)
     bound = alps.slice_heads(sliced, heads, rest="trainable")
