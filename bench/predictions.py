@@ -92,7 +92,7 @@ def memory(rows: list[dict[str, str]], counted: list[dict[str, str]]) -> list[st
     """What a step of the Llama-3.1-8B layers allocates: what autograd keeps and the gradients, as counted above."""
     case = "Llama-3.1-8B layer stack, 16 of 32 layers"
     found = {row["method"]: row for row in counted
-             if row["case"].startswith(case) and row["saved_bytes"] and float(row["ratio"]) == 0.10}
+             if row["case"].startswith(case) and float(row["saved_bytes"] or 0) and float(row["ratio"]) == 0.10}
     if not found:
         return []
     lines = ["A step of 16 layers of Llama-3.1-8B, bf16, 1 x 2048 tokens: at the least what autograd keeps and, once it is "

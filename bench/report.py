@@ -39,9 +39,15 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def latest(rows: list[dict[str, str]], *key: str) -> list[dict[str, str]]:
-    """The last row of each device, case and rival, in the order of the file."""
+    """The last row of each device, case and key, in the order of the file."""
     last = {tuple(row[k] for k in ("device", "case", *key)): row for row in rows}
     return list(last.values())
+
+
+def last_run(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of the run that timed each case last: times of two runs do not stand beside each other."""
+    run = {(row["device"], row["case"]): [row[k] for k in CONDITIONS] for row in rows}
+    return [row for row in rows if run[row["device"], row["case"]] == [row[k] for k in CONDITIONS]]
 
 
 def measured(tables: dict[str, list[dict[str, str]]], drawn: dict[str, list[str]]) -> list[str]:
@@ -75,7 +81,8 @@ def pivot(group: list[dict[str, str]]) -> list[str]:
     cases = list(dict.fromkeys(row["case"] for row in group))
     parts = {case: case.split(", ") for case in cases}
     shared = [part for part in parts[cases[0]] if all(part in p for p in parts.values())]
-    heads = {case: ", ".join(part for part in parts[case] if part not in shared) or "ms" for case in cases}
+    heads = {case: ", ".join(part.replace(" of heads", "") for part in parts[case]
+                             if part not in shared and not part.endswith(" elements")) or "ms" for case in cases}
     cells = {(row["rival"], row["case"]): cell(row) for row in group}
     rivals = list(dict.fromkeys(row["rival"] for row in group))
     notes = {rival: dict.fromkeys(row["note"] for row in group if row["rival"] == rival) for rival in rivals}
@@ -105,7 +112,8 @@ def cell(row: dict[str, str]) -> str:
         extra.append(f"{float(row['share']):.0%}")
     if row["peak_mib"] and row["bench"] in ("step", "stream"):
         extra.append(f"peak {float(row['peak_mib']):,.0f} MiB")
-    return f"{float(row['median_ms']):.4g}" + (f" ({'; '.join(extra)})" if extra else "")
+    ms = float(row["median_ms"])
+    return (f"{ms:,.0f}" if ms >= 1000 else f"{ms:.4g}") + (f" ({'; '.join(extra)})" if extra else "")
 
 
 def training(rows: list[dict[str, str]], drawn: dict[str, list[str]]) -> list[str]:
@@ -180,8 +188,9 @@ def main(argv: list[str] | None = None) -> None:
     folder, page = Path(os.environ.get("OUT") or RESULTS), PAGE
     if os.environ.get("OUT"):
         page = folder / "results.md"
-    tables = {path.stem: latest(rows_of(path), *KEYS.get(path.stem, ("rival",)))
-              for path in sorted(folder.glob("*.csv")) if path.stem in CAPTIONS or path.stem in KEYS}
+    found = {path.stem: rows_of(path) for path in sorted(folder.glob("*.csv"))}
+    tables = {name: latest(rows, *KEYS[name]) if name in KEYS else latest(last_run(rows), "rival")
+              for name, rows in found.items() if name in CAPTIONS or name in KEYS}
     page.parent.mkdir(parents=True, exist_ok=True)
     drawn = {}
     if find_spec("matplotlib"):

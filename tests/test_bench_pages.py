@@ -72,8 +72,15 @@ def test_a_table_says_once_what_its_cases_share():
             for share in ("1% of heads", "10% of heads") for rival, ms, note in (("ours", "1.5", "28 B"), ("gone", "", "not run: x"))]
     table = report.pivot(rows)
     assert table[0] == "**M, 4 of 4 layers, float32**"
-    assert table[2] == "| | 1% of heads | 10% of heads | note |"
+    assert table[2] == "| | 1% | 10% | note |"
     assert table[4:] == ["| ours | 1.5 (2 ×; 50%) | 1.5 (2 ×; 50%) | 28 B |", "| gone | – | – | not run: x |"]
+
+
+def test_times_of_two_runs_do_not_stand_beside_each_other():
+    rows = [a_row(case=case, rival=rival, median_ms=ms, commit=commit) for case, rival, ms, commit in (
+        ("A", "ours", "1", "old"), ("A", "gone since", "1", "old"), ("B", "ours", "1", "old"), ("A", "ours", "2", "new"))]
+    assert [(row["case"], row["rival"], row["commit"]) for row in report.latest(report.last_run(rows), "rival")] == [
+        ("B", "ours", "old"), ("A", "ours", "new")]
 
 
 def test_training_by_precision_is_on_the_page(tmp_path, monkeypatch):
