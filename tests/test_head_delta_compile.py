@@ -35,7 +35,8 @@ def stats(base="bf16", flat=True, target="sm_90", full=True):
 
 def scan(base="bf16", flat=True, extra=True, target="sm_90", full=True):
     return offline.build(head_delta_scan_kernel, SCAN, {
-        "BASE": DTYPES[base], "TASK": DTYPES[base], "FLAT": flat, "FULL": full, "EXTRA": extra, "BLOCK": BLOCK, "SLOTS": 768}, target=target, fusion=True)
+        "BASE": DTYPES[base], "TASK": DTYPES[base], "FLAT": flat, "FULL": full, "EXTRA": extra, "BLOCK": BLOCK, "SLOTS": 768},
+        target=target, fusion=True)
 
 
 def shape(base, d_k, d_v, target):
