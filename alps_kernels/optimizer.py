@@ -49,7 +49,8 @@ class HeadAdamW(torch.optim.Optimizer):
             bounds in `ops.reference_codes`; not with amsgrad). float64 parameters keep float64.
         max_grad_norm: clip the global l2 norm of the gradients, over the selected slices
             alone, to this; `grad_norm` then holds the last norm before clipping.
-        seed: of stochastic rounding; let it be the same on every replica.
+        seed: of stochastic rounding; let it be the same on every replica. Of sharded parameters the
+            random bits depend on the number of ranks; every other precision does not.
 
     State per parameter: `step`, `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` (amsgrad), `master_lo`
     or `kahan`, and `exp_avg_scale` and `exp_avg_sq_scale` (8-bit moments). Its tensors have the
