@@ -24,22 +24,30 @@ class Cautions:
     """
 
     def __init__(self, slots: Iterable[Slot], *, again: bool = False) -> None:
-        self.slots, self.steps, self.tried_lr = list(slots), 0, again
+        self.slots, self.tried_lr = list(slots), again
+        self.first: float | None = None  # the step count when this began
+        self.idle = 0  # calls without any gradient
         rounded = [slot.name for slot in self.slots if slot.dtype in HALVES and slot.master is None and not again]
         if rounded:
             _warn(f"{_named(rounded)} has 16 bits and no master (master=None): rounding to nearest loses most updates at "
                   "fine-tuning learning rates; master='split' keeps them")
 
     @torch.no_grad()
-    def after_step(self, groups: Iterable[dict], state: dict[Tensor, dict]) -> bool:
-        """Look at a step that was taken; whether there is more to watch."""
+    def before_step(self, groups: Iterable[dict], state: dict[Tensor, dict], reached: bool) -> bool:
+        """Look at the weights and at the steps that were taken, before a step writes; whether there is more to watch.
+
+        Args:
+            reached: some of what trains has a gradient.
+        """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return True
-        self.steps += 1
+        count = max((entry["step"].max().item() for slot in self.slots if (entry := state.get(slot.param))), default=0.0)
+        self.first = count if self.first is None else self.first
+        self.idle += not reached
         if not self.tried_lr and (lrs := {id(p): float(g["lr"]) for g in groups for p in g["params"] if float(g["lr"]) > 0}):
             self.tried_lr = True
             self._try_lr(lrs)
-        if self.steps < FIRST_STEPS:
+        if max(count - self.first, self.idle - 1) < FIRST_STEPS:
             return True
         self._look_for_gradients(state)
         return False

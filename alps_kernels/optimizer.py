@@ -218,18 +218,13 @@ class HeadAdamW(torch.optim.Optimizer):
                 loss = closure()
         arguments = self._ready()
         try:
+            if self._cautions is not None and not self._cautions.before_step(self.param_groups, self.state,
+                                                                             bool(arguments.updates)):
+                self._cautions = None
             self._apply(arguments)
         finally:
             arguments.release()  # so that `zero_grad` frees their memory
-        if self._cautions is not None:
-            self._watch_first_steps(arguments)
         return loss
-
-    def _watch_first_steps(self, arguments: Arguments) -> None:
-        found_inf = getattr(self, "found_inf", None)
-        taken = (arguments is self._arguments or not arguments.updates) and (found_inf is None or float(found_inf) == 0)
-        if taken and not self._cautions.after_step(self.param_groups, self.state):
-            self._cautions = None
 
     def _ready(self) -> Arguments:
         """What the step takes, checked: that of the last step where it holds."""

@@ -92,6 +92,7 @@ def test_the_switch(kind, options, restore, tmp_path):
     assert torch.equal(alps.HeadScores.load(tmp_path / one_run.SCORES_FILE).tensor, scores.tensor)
 
 
+@pytest.mark.fault("Resume", "one-run training resumed before, at and after the switch to heads: the same bytes")
 @pytest.mark.parametrize("case", [
     {}, {"options": {"restore": "keep"}, "dtype": torch.bfloat16}, {"kind": "phi3", "options": {"parts": ("q", "v")}},
     {"kind": "gpt2", "bf16": True, "gradient_accumulation_steps": 2, "checkpointing": True},

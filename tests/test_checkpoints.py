@@ -231,6 +231,7 @@ def test_configs_that_do_not_fit(pair, changes, message):
         alps.score_heads(pair[2], pair[3])
 
 
+@pytest.mark.fault("Bad input", "configs that are empty, no JSON or no object: refused by file")
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff", "null"])
 def test_broken_configs(pair, text):
     (pair[3] / "config.json").write_bytes(text.encode("latin-1"))
@@ -250,6 +251,7 @@ def rewrite(folder, change):
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors")
 
 
+@pytest.mark.fault("Bad input", "checkpoint tensors of another shape or dtype, quantised or missing: refused by tensor and file")
 @pytest.mark.parametrize("change, message", [
     (lambda s: s.pop(Q1), f"base/model.safetensors does not hold {Q1}; it holds"),
     (lambda s: [s.pop(key) for key in list(s) if "layers.1.self_attn" in key], "does not hold .* nor 2 more attention"),
@@ -277,6 +279,7 @@ def test_quantised_configs_are_told(pair):
         alps.score_heads(pair[2], pair[3])
 
 
+@pytest.mark.fault("Bad input", "a shard that is not there: named")
 def test_missing_shard_is_named(pair):
     index = json.loads((pair[3] / "model.safetensors.index.json").read_text())["weight_map"]
     shard = index[Q1]
@@ -285,6 +288,7 @@ def test_missing_shard_is_named(pair):
         alps.score_heads(pair[2], pair[3])
 
 
+@pytest.mark.fault("Bad input", "an index that says what its shard does not hold: both named")
 def test_index_and_shard_disagree(pair):
     path = pair[3] / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -294,6 +298,7 @@ def test_index_and_shard_disagree(pair):
         alps.score_heads(pair[2], pair[3])
 
 
+@pytest.mark.fault("Bad input", "shard indexes that are torn, of the wrong kind, or point outside: refused by file")
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}',
                                   '{"weight_map": {"a": "../other/model.safetensors"}}', '{"weight_map": {"a": "/etc/passwd"}}',
                                   '{"weight_map": {"a": "x.pkl"}}'])
@@ -303,6 +308,7 @@ def test_broken_indexes(pair, text):
         alps.score_heads(pair[2], pair[3])
 
 
+@pytest.mark.fault("Bad input", "checkpoint files cut short: refused by file")
 @pytest.mark.parametrize("legacy", [False, True])
 def test_torn_files(pair, legacy):
     path = pair[2] / "model.safetensors"
@@ -341,6 +347,7 @@ def test_pickles_that_run_code_are_refused(pair, tmp_path):
         alps.score_heads(pair[2], pair[3])
 
 
+@pytest.mark.fault("Bad input", "folders without weights, adapters, text files and torn GGUF: refused by path")
 def test_paths_that_are_no_checkpoint(pair, tmp_path):
     base, _, folder, _ = pair
     with pytest.raises(FileNotFoundError, match="meta/no-such does not exist.*downloaded first"):

@@ -79,6 +79,7 @@ def test_signature_is_torchs_and_ours_by_keyword():
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
 
 
+@pytest.mark.fault("Bad input", "arguments that torch.optim.AdamW refuses: refused with its words")
 @pytest.mark.parametrize("bad", [
     dict(lr=-1.0), dict(eps=-1e-8), dict(betas=(1.0, 0.9)), dict(betas=(0.9, -0.1)), dict(weight_decay=-0.1),
     dict(lr=torch.tensor([1e-3, 1e-3])), dict(fused=True, foreach=True), dict(fused=True, differentiable=True),
@@ -92,6 +93,7 @@ def test_wrong_arguments_raise_what_torch_raises(bad):
     assert str(ours.value) == str(theirs.value)
 
 
+@pytest.mark.fault("Bad input", "precisions, clipping and seeds that cannot be")
 @pytest.mark.parametrize("bad, message", [
     (dict(master="triple"), "master is 'triple'"),
     (dict(moment_dtype=torch.float16), "moment_dtype is torch.float16"),
@@ -120,6 +122,7 @@ def test_parameters_that_do_not_train_here_are_refused_by_name():
         HeadAdamW([params["rows"], params["all"], params["bias"]], heads=bound)
 
 
+@pytest.mark.fault("Frozen bytes", "NaN, infinite or large gradients outside the selection, in four dtypes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("outside", [float("nan"), float("inf"), 7.0])
 def test_every_byte_outside_the_selection_stays(dtype, outside):
@@ -230,6 +233,7 @@ def test_an_added_group_is_frozen_under_a_selection_and_refused_whole():
     assert len(optimizer.param_groups) == groups
 
 
+@pytest.mark.fault("All or nothing", "a sparse gradient or a spoiled state of the last parameter: nothing has moved")
 @pytest.mark.parametrize("fault, error, message", [
     (lambda p: setattr(p["bias"], "grad", torch.zeros(48).to_sparse()), RuntimeError, "sparse gradients: that of bias"),
     (lambda p: optimizer_state(p).update(exp_avg=torch.zeros(3)), ValueError, "bias: its exp_avg is"),

@@ -294,6 +294,7 @@ def test_stacked_views_and_copies():
 # -- what is refused -------------------------------------------------------------------------
 
 
+@pytest.mark.fault("Bad input", "options of score_heads that cannot be")
 @pytest.mark.parametrize("options, message", [
     ({"metric": "emd"}, "metric is 'emd'.*pad_values"),
     ({"metric": ("pad", "emd")}, "metric is 'emd'"),
@@ -322,6 +323,7 @@ def test_same_object_and_other_types():
         alps.score_heads(model, model.state_dict())
 
 
+@pytest.mark.fault("Bad input", "models with other heads, groups, sizes or layers: the first difference is named")
 @pytest.mark.parametrize("changes, message", [
     ({"num_hidden_layers": 3}, "has 2 attention layers and LlamaForCausalLM 3"),
     ({"num_attention_heads": 4}, "has 6 query heads, LlamaForCausalLM has 4"),
@@ -344,6 +346,7 @@ def test_other_model_types_are_refused():
                                                   "num_attention_heads", "num_key_value_heads")})))
 
 
+@pytest.mark.fault("Bad input", "NaN and infinite weights of either model: tensor and count are named")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["base", "task"])
 def test_non_finite_weights_are_named(which, value):

@@ -15,7 +15,7 @@ STEPS = 20
 PRECISIONS = [
     (torch.float32, "split", torch.float32), (torch.float32, None, torch.bfloat16), (torch.float64, None, torch.float32),
     (torch.bfloat16, "split", torch.float32), (torch.bfloat16, "kahan", torch.float32),
-    (torch.bfloat16, "stochastic", torch.bfloat16), (torch.float16, "split", torch.float32),
+    (torch.bfloat16, "stochastic", torch.bfloat16), (torch.float16, "split", torch.float32), (torch.bfloat16, "split", "8bit"),
 ]
 
 

@@ -14,7 +14,8 @@ from .injected import FailingOp, Injected, failing_line, torch_oom
 from .models import assert_same, bytes_of, loss_of, optimizer_of, same, some_heads, state_of, tiny, train
 
 PRECISIONS = [(torch.float32, "split", torch.float32), (torch.bfloat16, "split", torch.float32),
-              (torch.bfloat16, "kahan", torch.bfloat16), (torch.bfloat16, "stochastic", torch.bfloat16)]
+              (torch.bfloat16, "kahan", torch.bfloat16), (torch.bfloat16, "stochastic", torch.bfloat16),
+              (torch.bfloat16, "split", "8bit")]
 
 
 def prepared(dtype, master, moments, warm):
@@ -88,6 +89,27 @@ def test_an_interrupt_at_every_line(dtype, master, moments, limit, monkeypatch):
             other.step()
             assert all(other.state[part.param]["step"].max() in (3, 4) for part in other.heads.params)
     assert at > 100 and {0, 4} <= seen and (seen == {0, 4}) == (limit > 0)
+
+
+@pytest.mark.fault("All or nothing")
+@pytest.mark.parametrize("error", [torch_oom, KeyboardInterrupt], ids=["out of memory", "interrupt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_operation_of_a_sliced_step_fails(family, error):
+    """each torch operation of a step on sliced leaves fails in turn: leaves, full weights and state as they were"""
+    model = tiny(family, dtype=torch.bfloat16)
+    optimizer = alps.HeadAdamW(model.parameters(), lr=1e-2, heads=alps.slice_heads(model, some_heads(model)))
+    train(model, optimizer, 2)
+    loss_of(model, 5).backward()
+    weights, state = {name: p.detach().clone() for name, p in model.named_parameters()}, state_of(optimizer)
+    for at in range(0, 10_000, 3):
+        try:
+            with FailingOp(at, error):
+                optimizer.step()
+            break
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
+            assert_same({name: p.detach() for name, p in model.named_parameters()}, weights)
+            assert_same(state_of(optimizer), state)
+    assert at > 20 and all(state["step"] == 3 for state in optimizer.state.values())
 
 
 @pytest.mark.fault("All or nothing")
