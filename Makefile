@@ -8,7 +8,7 @@ OUT ?= out
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.set-up
 
-.PHONY: setup demo demo-tiny test reliability census bench gpu study clean
+.PHONY: setup demo demo-tiny test reliability compat census bench gpu study clean
 
 setup: $(SETUP)
 
@@ -32,6 +32,10 @@ test: $(SETUP)
 # The faults that are tried, in one process, and docs/reliability.md from that run.
 reliability: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/interpreted -m fault --write-reliability
+
+# The fast tests with the oldest and newest versions, each in an environment of its own: gigabytes where torch comes with CUDA.
+compat:
+	python3 -m tests.compat
 
 census: $(SETUP)
 	$(BIN)/python -m tests.census --write-table

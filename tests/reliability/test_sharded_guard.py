@@ -88,3 +88,39 @@ def test_sliced(family):
     weight.data.copy_(before)
     alps.unslice_heads(model)
     assert plain.changes() == ()
+
+
+def accumulating(rank, world, folder):
+    """Problems of one rank of DDP: three micro-batches without sync and one with, plain and sliced."""
+    from contextlib import nullcontext
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    problems = []
+    for sliced in (False, True):
+        model = tiny()
+        heads = some_heads(model)
+        bound = alps.slice_heads(model, heads) if sliced else heads.freeze(model)
+        wrapped, guard = DistributedDataParallel(model), alps.guard(model, heads)
+        optimizer = alps.HeadAdamW(model.parameters(), lr=1e-2, weight_decay=0.1, heads=bound)
+        for step in range(3):
+            optimizer.zero_grad()
+            for i in range(4):
+                with wrapped.no_sync() if i < 3 else nullcontext():
+                    tokens = torch.randint(1, 61, (2, 8), generator=torch.Generator().manual_seed(100 * step + 10 * i + rank))
+                    (wrapped(input_ids=tokens, labels=tokens).loss / 4).backward()
+            optimizer.step()
+        problems += [f"sliced={sliced}: moved {change}" for change in guard.changes()]
+        mine = torch.cat([part.cut(part.param.detach()) for part in bound.params])
+        theirs = [torch.empty_like(mine) for _ in range(world)]
+        torch.distributed.all_gather(theirs, mine)
+        if not all(torch.equal(other, mine) for other in theirs):
+            problems.append(f"sliced={sliced}: the ranks went apart")
+    return problems
+
+
+@pytest.mark.fault("Frozen bytes")
+def test_accumulation_with_sync_off_and_on(tmp_path):
+    """DDP over two ranks, three micro-batches under no_sync and one with sync, plain and sliced: frozen bytes stay, ranks agree"""
+    found = ranks.run(2, {"accumulating": accumulating}, tmp_path)
+    assert not any(found.values()), found

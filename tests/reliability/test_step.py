@@ -252,3 +252,22 @@ def test_an_interrupted_step_and_what_follows():
                     optimizer.step()
             except KeyboardInterrupt:
                 continue
+
+
+@pytest.mark.fault("Frozen bytes")
+@pytest.mark.parametrize("sliced", [False, True], ids=["plain", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_save_and_resume(dtype, sliced, tmp_path):
+    """saved, trained on, loaded back and resumed, three times over: frozen bytes stay those of the base"""
+    model = tiny(dtype=dtype)
+    heads = some_heads(model)
+    bound = alps.slice_heads(model, heads) if sliced else heads.freeze(model)
+    optimizer = alps.HeadAdamW(model.parameters(), lr=1e-2, heads=bound)
+    with alps.guard(model, heads):
+        for i in range(3):
+            train(model, optimizer, 2, first=i)
+            torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "it.pt")
+            train(model, optimizer, 2, first=50)
+            weights, state = torch.load(tmp_path / "it.pt", weights_only=True)
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
