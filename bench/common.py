@@ -36,10 +36,15 @@ def _git(*arguments: str) -> str:
 AT_START = (_git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(_git("status", "--porcelain", "-uno"))
 
 
+# More wanted to run than one benchmark before this one does.
+SHARED = hasattr(os, "getloadavg") and os.getloadavg()[0] > torch.get_num_threads() + 0.7
+
+
 def device_name() -> str:
+    """The GPU, or the CPU with its threads and whether its cores had other work when the benchmark started."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {torch.get_num_threads()} threads{', cores shared' if SHARED else ''}"
 
 
 def environment() -> dict[str, str]:

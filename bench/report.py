@@ -40,14 +40,19 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def latest(rows: list[dict[str, str]], *key: str) -> list[dict[str, str]]:
     """The last row of each device, case and key, in the order of the file."""
-    last = {tuple(row[k] for k in ("device", "case", *key)): row for row in rows}
+    last = {(device(row), *(row[k] for k in ("case", *key))): row for row in rows}
     return list(last.values())
 
 
 def last_run(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Rows of the run that timed each case last: times of two runs do not stand beside each other."""
-    run = {(row["device"], row["case"]): [row[k] for k in CONDITIONS] for row in rows}
-    return [row for row in rows if run[row["device"], row["case"]] == [row[k] for k in CONDITIONS]]
+    run = {(device(row), row["case"]): [row[k] for k in CONDITIONS] for row in rows}
+    return [row for row in rows if run[device(row), row["case"]] == [row[k] for k in CONDITIONS]]
+
+
+def device(row: dict[str, str]) -> str:
+    """Which device, busy or not."""
+    return row["device"].removesuffix(", cores shared")
 
 
 def measured(tables: dict[str, list[dict[str, str]]], drawn: dict[str, list[str]]) -> list[str]:
@@ -59,8 +64,8 @@ def measured(tables: dict[str, list[dict[str, str]]], drawn: dict[str, list[str]
         for row in rows:
             groups.setdefault((*(row[k] for k in CONDITIONS), row["case"].split(",")[0]), []).append(row)
         said = None
-        for (device, torch, triton, python, date, commit, command, _), group in groups.items():
-            conditions = (f"{device}; torch {torch}, Triton {triton}, Python {python}; {date}, commit {commit}; "
+        for (where, torch, triton, python, date, commit, command, _), group in groups.items():
+            conditions = (f"{where}; torch {torch}, Triton {triton}, Python {python}; {date}, commit {commit}; "
                           f"`{command}`")
             if conditions != said:
                 lines += [conditions, ""]
