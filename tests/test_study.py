@@ -72,11 +72,16 @@ def test_intervals_and_verdicts():
     rng = np.random.default_rng(1)
     low, high = ({s: (rng.random(200) < p).astype(float) for s in range(3)} for p in (0.2, 0.6))
     better = report.interval(high, low)
-    assert better[1] > 0.2 and better[1] < better[0] < better[2] and report._verdict(better, 1) == "yes"
-    assert report._verdict(report.interval(low, high), 1) == "no" and report._verdict(better, -1) == "no"
+    assert better[1] > 0.2 and better[1] < better[0] < better[2] and report._verdict(better, 1, 3) == "yes"
+    assert report._verdict(report.interval(low, high), 1, 3) == "no" and report._verdict(better, -1, 3) == "no"
     same = report.interval(low, {s: v[::-1].copy() for s, v in low.items()})
-    assert same[1] < 0 < same[2] and report._verdict(same, 1) == "undecided"
+    assert same[1] < 0 < same[2] and report._verdict(same, 1, 3) == "undecided"
     assert np.isnan(report.interval({}, low)[0])
+    assert report._verdict(better, 1, 2) == "too few seeds"
+    losses = {0: np.array([1.0]), 1: np.array([1.2]), 2: np.array([1.1])}
+    mean, below, above = report.interval(losses)  # t of 2 degrees of freedom: 4.3027 * 0.1 / sqrt(3)
+    assert mean == pytest.approx(1.1) and above - mean == pytest.approx(0.24841, rel=1e-4) and mean - below == pytest.approx(above - mean)
+    assert report.interval({0: np.array([1.0])})[1:] == (-np.inf, np.inf)
 
 
 def test_an_unknown_profile_is_named():

@@ -64,22 +64,27 @@ def label(which: Variant) -> str:
 def interval(first: dict[int, np.ndarray], second: dict[int, np.ndarray] | None = None) -> tuple[float, float, float]:
     """Mean and 95 % interval of `first`, or of `first` - `second` on the seeds and items of both.
 
-    A bootstrap of two levels: seeds are drawn with replacement, then items, the same for both.
-    With three seeds the interval is a rough one.
+    Of items (exact match): a bootstrap of two levels, seeds drawn with replacement, then items. Of
+    one number a seed: Student's t over seeds; infinite for a single seed.
     """
     seeds = sorted(set(first) & set(second)) if second is not None else sorted(first)
     if not seeds:
         return (np.nan,) * 3
     data = np.stack([first[s] - (second[s] if second is not None else 0) for s in seeds]).astype(float)
+    mean = float(data.mean())
+    if data.shape[1] == 1:
+        if len(seeds) == 1:
+            return mean, -np.inf, np.inf
+        from scipy.stats import t
+
+        half = float(t.ppf(0.975, len(seeds) - 1)) * data[:, 0].std(ddof=1) / len(seeds)**0.5
+        return mean, mean - half, mean + half
     rng = np.random.default_rng(0)
     drawn = rng.integers(len(seeds), size=(DRAWS, len(seeds)))
-    if data.shape[1] == 1:
-        means = data[drawn, 0].mean(1)
-    else:
-        # The mean over items of a draw of items, one draw for all seeds of a repetition.
-        weights = rng.multinomial(data.shape[1], np.full(data.shape[1], 1 / data.shape[1]), size=DRAWS) / data.shape[1]
-        means = np.einsum("dsi,di->d", data[drawn], weights, optimize=True) / len(seeds)
-    return float(data.mean()), *map(float, np.quantile(means, [0.025, 0.975]))
+    # The mean over items of a draw of items, one draw for all seeds of a repetition.
+    weights = rng.multinomial(data.shape[1], np.full(data.shape[1], 1 / data.shape[1]), size=DRAWS) / data.shape[1]
+    means = np.einsum("dsi,di->d", data[drawn], weights, optimize=True) / len(seeds)
+    return mean, *map(float, np.quantile(means, [0.025, 0.975]))
 
 
 def items(runs: Runs, which: Variant) -> dict[int, np.ndarray]:
@@ -96,7 +101,7 @@ def _say(value: tuple[float, float, float], unit: str = "") -> str:
         return ""
     scale, digits = (100, 1) if unit == "%" else (1, 3)
     mean, low, high = (scale * v for v in value)
-    return f"{mean:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{mean:.{digits}f}{unit}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) else "")
 
 
 def results_table(runs: Runs, task: str) -> list[str]:
@@ -139,19 +144,21 @@ def claims(runs: Runs, task: str) -> list[str]:
             continue
         exact = interval(items(runs, first), items(runs, second))
         loss = interval(scalars(runs, first, "test_loss"), scalars(runs, second, "test_loss"))
-        lines.append(f"| {text} | {n} | {_say(exact, '%')} | {_verdict(exact, 1)} | {_say(loss)} | {_verdict(loss, -1)} |")
+        lines.append(f"| {text} | {n} | {_say(exact, '%')} | {_verdict(exact, 1, n)} | {_say(loss)} | {_verdict(loss, -1, n)} |")
     for column, what in (("english_ppl", "English"), ("code_ppl", "code")):
         for other in ("full", "lora", "random", "no_attention"):
             second = runs.find(task, other)
             n = len(set(runs.of.get(alps, {})) & set(runs.of.get(second, {})))
-            if n:
+            if n > 1:
                 moved = interval(scalars(runs, alps, column), scalars(runs, second, column))
                 lines.append(f"| less forgetting than {NAMES[other]}: {what} perplexity, difference | {n} | {_say(moved)} | "
-                             f"{_verdict(moved, -1)} | | |")
+                             f"{_verdict(moved, -1, n)} | | |")
     return lines
 
 
-def _verdict(value: tuple[float, float, float], better: int) -> str:
+def _verdict(value: tuple[float, float, float], better: int, seeds: int) -> str:
+    if seeds < 3:
+        return "too few seeds"
     _, low, high = (better * v for v in value)
     low, high = min(low, high), max(low, high)
     return "yes" if low > 0 else "no" if high < 0 else "undecided"
@@ -176,7 +183,8 @@ def swept(runs: Runs, task: str) -> list[str]:
               if r["task"] == task and r["method"] == method and int(r["seed"]) == runs.plan["sweep_seed"]}
         if at:
             best = min(at, key=at.get)
-            lines.append(f"| {NAMES[method]} | " + ", ".join(f"{'**' if lr == best else ''}{lr:g}: {loss:.3f}{'**' if lr == best else ''}"
+            edge = " (at the edge of what was tried)" if best in (min(at), max(at)) else ""
+            lines.append(f"| {NAMES[method]}{edge} | " + ", ".join(f"{'**' if lr == best else ''}{lr:g}: {loss:.3f}{'**' if lr == best else ''}"
                                                           for lr, loss in sorted(at.items())) + " |")
     return lines
 
@@ -226,7 +234,7 @@ def write_report(profile: str, rows: dict[str, dict[str, str]], docs: Path = ROO
         f"AdamW, weight decay {plan['weight_decay']}, warm-up and cosine to a tenth; the same steps, items and optimizer for every "
         f"method, learning rates swept for each at a seed of its own and chosen on a development split. {plan['n_test']} held-out "
         f"items. {len(runs.rows)} of {wanted} cells of this profile have run, on {some['device']}, torch {some['torch']}, "
-        f"{some['date']}. Intervals: 95 %, bootstrap over seeds and items; with {len(plan['seeds'])} seeds they are rough.", ""]
+        f"{some['date']}. Intervals: 95 %; of exact match a bootstrap over seeds and items, of the rest Student's t over seeds.", ""]
     if CONCLUSION.exists() and profile != "tiny":
         lines += [CONCLUSION.read_text().strip(), ""]
     for task in dict.fromkeys(v[0] for v in runs.of):
