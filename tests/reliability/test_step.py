@@ -51,7 +51,7 @@ def whole(params, bound, optimizer, before, after, stepped):
 @pytest.mark.parametrize("warm", [False, True], ids=["first step", "later step"])
 @pytest.mark.parametrize("dtype, master, moments, error", [
     *[(*precision, torch_oom) for precision in PRECISIONS], (*PRECISIONS[0], KeyboardInterrupt), (*PRECISIONS[0], Injected)],
-    ids=str)
+    ids=lambda value: getattr(value, "__name__", str(value)))  # no addresses: xdist compares them
 def test_an_operation_of_the_step_fails(dtype, master, moments, error, warm):
     """each torch operation of a step fails in turn (of Philox's thousands some): nothing moved, a retry is the step"""
     params, bound, optimizer, after, stepped = prepared(dtype, master, moments, warm)
