@@ -24,7 +24,8 @@ class Cautions:
     """
 
     def __init__(self, slots: Iterable[Slot], *, again: bool = False) -> None:
-        self.slots, self.tried_lr = list(slots), again
+        # the meta device, where steps are counted, has no values to look at
+        self.slots, self.tried_lr = [slot for slot in slots if not slot.param.is_meta], again
         self.first: float | None = None  # the step count when this began
         self.idle = 0  # calls without any gradient
         rounded = [slot.name for slot in self.slots if slot.dtype in HALVES and slot.master is None and not again]
