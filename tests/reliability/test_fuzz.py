@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import alps_kernels as alps
 from alps_kernels.ops.head_delta import METRICS
+from tests import census_oracle
 from tests.fuzz import readers
 
 from .models import same, tiny
@@ -92,7 +93,7 @@ CONFIGS = {
 @settings(max_examples=5, **RUN)
 @given(data=st.data())
 def test_layouts_of_random_sizes(family, data):
-    """5 random head counts, groups, head sizes and depths of each of 10 architectures: the layout agrees with the behaviour"""
+    """5 random head counts, groups, head sizes and depths of each of 10 architectures: layout and behaviour agree, by two checks"""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     width, n_heads, n_groups = CONFIGS[family]
@@ -111,12 +112,14 @@ def test_layouts_of_random_sizes(family, data):
         sizes["is_decoder"] = True
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(torch.randn_like(param) * 0.05)
     layout = alps.find_heads(model)
     assert layout.heads_per_layer == (heads,) * len(layout.layers)
+    census_oracle.randomize(model)
     layout.verify(model)
+    recording = census_oracle.Recording()
+    recording.run(model, {"input_ids": torch.randint(3, 40, (2, 7))})
+    wrong = census_oracle.check_coverage(model, layout) + census_oracle.missed(model, recording, layout)
+    assert not wrong + [line for layer in layout.layers for line in census_oracle.check_layer(model, recording, layer)]
 
 
 # -- scores ----------------------------------------------------------------------------------
