@@ -17,7 +17,7 @@ from bench.cases import CASES, Case, prepared
 from bench.common import gate, table, write_rows
 from bench.counting import state_bytes
 from bench.methods import LORA, METHODS, SLICED
-from bench.race import Entry, Unavailable, race
+from bench.race import Entry, Unavailable, race, rows_of
 
 
 def entry(case: Case, method: str, ratio: float) -> Entry:
@@ -63,12 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     parity(case, args.ratio)
     methods = [name for name in METHODS if name != "frozen model"]
     raced = race({name: partial(entry, case, name, args.ratio) for name in methods}, args.repeats)
-    named = f"{case.name}, {args.ratio:.0%} of heads"
-    rows = [{"case": named, "rival": name, **facts} for name, facts in raced.items()]
-    reference = raced[LORA].get("median_ms")
-    for row in rows:
-        if reference and "median_ms" in row:
-            row["ratio"] = row["median_ms"] / reference
+    rows = rows_of(f"{case.name}, {args.ratio:.0%} of heads", raced, against=LORA)
     print(case.name)
     table(rows, ("rival", "median_ms", "p20_ms", "p80_ms", "ratio", "peak_mib", "launches", "note"))
     print(write_rows("step", rows))

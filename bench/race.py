@@ -104,15 +104,18 @@ def launches(call: Callable[[], object]) -> int:
                if "LaunchKernel" in event.key or "cudaMemcpyAsync" in event.key)
 
 
-def rows_of(case: str, raced: Mapping[str, dict], bandwidth: float) -> list[dict]:
-    """A row for every rival: its speed, its share of the copy bandwidth, its time over the first one's."""
-    first, rows = next(iter(raced.values()))["median_ms"], []
+def rows_of(case: str, raced: Mapping[str, dict], bandwidth: float | None = None, against: str | None = None) -> list[dict]:
+    """A row for every rival: its speed, its share of the copy bandwidth, its time over that of `against`, or the first.
+
+    The ratio is of 20th percentiles, which other work on the machine disturbs least.
+    """
+    reference, rows = raced[against or next(iter(raced))].get("p20_ms"), []
     for name, facts in raced.items():
         row = {"case": case, "rival": name, **facts}
-        if "bytes" in facts:
+        if "bytes" in facts and "median_ms" in facts and bandwidth:
             gbps = facts["bytes"] / facts["median_ms"] / 1e6
             row |= {"gbps": gbps, "copy_gbps": bandwidth, "share": gbps / bandwidth}
-        if "median_ms" in facts:
-            row["ratio"] = facts["median_ms"] / first
+        if "p20_ms" in facts and reference:
+            row["ratio"] = facts["p20_ms"] / reference
         rows.append(row)
     return rows

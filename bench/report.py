@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bench.common import RESULTS
-from bench.plots import pictures, whole_models
+from bench.plots import milliseconds, pictures, whole_models
 from bench.predictions import predicted
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
@@ -57,7 +57,9 @@ def device(row: dict[str, str]) -> str:
 
 def measured(tables: dict[str, list[dict[str, str]]], drawn: dict[str, list[str]]) -> list[str]:
     """A table for every benchmark, model and dtype: rivals down, cases across."""
-    lines = ["## Measured", ""]
+    lines = ["## Measured", "",
+             "Times are medians, where the cores were shared with other work 20th percentiles; ratios are of 20th percentiles, "
+             "all rivals of a table timed in turn in one run.", ""]
     for name, rows in tables.items():
         lines += [f"### {name}", "", f"Cells: {CAPTIONS[name]}.", "", *shown(drawn, name)]
         groups: dict[tuple, list[dict]] = {}
@@ -117,7 +119,7 @@ def cell(row: dict[str, str]) -> str:
         extra.append(f"{float(row['share']):.0%}")
     if row["peak_mib"] and row["bench"] in ("step", "stream"):
         extra.append(f"peak {float(row['peak_mib']):,.0f} MiB")
-    ms = float(row["median_ms"])
+    ms = milliseconds(row)
     return (f"{ms:,.0f}" if ms >= 1000 else f"{ms:.4g}") + (f" ({'; '.join(extra)})" if extra else "")
 
 
