@@ -32,11 +32,12 @@ def milliseconds(row: Row) -> float:
 
 
 def by_share(folder: Path, bench: str, rows: Sequence[Row]) -> list[str]:
-    """Time over the share of heads that train, a line for each rival; scattered heads, all of them at 100 %."""
+    """Time over the share of heads that train, a line for each rival; scattered heads, where there is more than one."""
+    scattered = {found[1] for row in rows if (found := re.search(r"(\d+)% of heads scattered", row["case"]))}
     groups: dict[tuple, dict[str, dict[float, float]]] = {}
     for row in rows:
         found = re.search(r"(\d+)% of heads (\w+)", row["case"])
-        if not row["median_ms"] or not found or (found[2] == "adjacent" and found[1] != "100"):
+        if not row["median_ms"] or not found or (found[2] == "adjacent" and found[1] in scattered):
             continue
         parts = [part for part in row["case"].split(", ") if not re.search(r"of heads|elements|^\d+ of \d+$", part)]
         fixed = ", ".join(parts)
@@ -113,6 +114,8 @@ DRAWN: dict[str, Callable[[Path, str, Sequence[Row]], list[str]]] = {
 
 
 def _lines(path: Path, lines: dict[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, title: str) -> None:
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _figure(6.8, 4.6 + 0.1 * len(lines))
     for index, (label, points) in enumerate(lines.items()):
         axes.plot(*zip(*points, strict=True), label=label, marker=MARKS[index % len(MARKS)], markersize=5,
@@ -120,6 +123,8 @@ def _lines(path: Path, lines: dict[str, Sequence[tuple[float, float]]], xlabel: 
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     shares = sorted({share for points in lines.values() for share, _ in points})
     axes.set_xticks(shares, [f"{share:g}" for share in shares])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(color="0.85", linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=2, fontsize=7)
