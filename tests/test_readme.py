@@ -29,3 +29,10 @@ def test_the_demo_figures_are_of_the_committed_run():
         assert f"{measured['exact_match']:.1%}" in README
         assert f"{measured['english_perplexity']:.2f}" in README and f"{measured['code_perplexity']:.2f}" in README
     assert results["bytes_changed_outside"] == 0
+
+
+def test_its_tables_are_those_of_the_results_page():
+    page = (ROOT / "docs" / "results.md").read_text()
+    counted = README[README.index("### One training step, counted"):README.index("### Scoring")]
+    rows = [line for line in counted.splitlines() if line.startswith("|")]
+    assert len(rows) == 16 and all(row in page for row in rows)
