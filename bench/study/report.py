@@ -202,6 +202,7 @@ def draw(runs: Runs, task: str, folder: Path) -> list[str]:
     axes.set_yticks(range(len(order)), [label(methods[i]) for i in order], fontsize=7)
     axes.set(xlabel="exact match on held-out items, %, mean and 95 % bootstrap interval")
     axes.grid(axis="x", color="0.88")
+    axes.set_axisbelow(True)
     axes.set_title(f"{task}, {runs.plan['model']} {runs.plan['dtype']}, {runs.plan['steps']} steps of {runs.plan['batch']}",
                    fontsize=9)
     pictures._write(figure, folder / f"{task}-methods.png")
@@ -209,10 +210,11 @@ def draw(runs: Runs, task: str, folder: Path) -> list[str]:
     axes = figure.add_subplot()
     for index, which in enumerate(v for v in methods if v[1] in NAMES and v[5] in ("", "full") and v[3] in ("", "pad")):
         x, y = (np.mean(list(runs.values(which, c).values())) for c in ("english_ppl", "exact_match"))
-        axes.scatter(x, 100 * y, marker="osD^vP*X<>h"[index % 11], s=60, label=label(which), edgecolor="black")
+        axes.scatter(x, 100 * y, marker="osD^vP*X<>h"[index % 11], s=60, label=label(which), edgecolor="black", zorder=3)
     axes.set(xlabel="English perplexity (lower: less forgotten)", ylabel="exact match, %")
     axes.legend(fontsize=6)
-    axes.grid(color="0.88")
+    axes.grid(color="0.88", zorder=0)
+    axes.set_axisbelow(True)
     axes.set_title(f"{task}: learned against forgotten, means over seeds", fontsize=9)
     pictures._write(figure, folder / f"{task}-forgetting.png")
     return [f"{task}-methods.png", f"{task}-forgetting.png"]
