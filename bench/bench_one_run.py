@@ -20,6 +20,7 @@ import alps_kernels as alps
 from alps_kernels.demo import chain_sum
 from alps_kernels.demo.run import smollm2, tiny_model
 from alps_kernels.integrations.wrapped import unwrapped
+from bench.counting import state_bytes
 
 from .common import ENVIRONMENT, table, write_rows
 
@@ -36,8 +37,7 @@ def arguments(folder: Path, options: argparse.Namespace, **changes) -> TrainingA
 
 
 def state_mib(optimizer) -> float:
-    values = (value for state in unwrapped(optimizer).state.values() for value in state.values())
-    return sum(value.numel() * value.element_size() for value in values if torch.is_tensor(value)) / 2**20
+    return state_bytes(unwrapped(optimizer)) / 2**20
 
 
 class Watching(Trainer):

@@ -11,6 +11,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,16 +56,24 @@ def split(n_train: int, n_test: int, seed: int = 0) -> tuple[list[Problem], list
     return train, test
 
 
-def collate(tokenizer, problems: Sequence[Problem]) -> dict[str, Tensor]:
+class Question(Protocol):
+    """What the functions below take: `prompt` may be empty."""
+
+    prompt: str
+    answer: str
+
+
+def collate(tokenizer, items: Sequence[Question]) -> dict[str, Tensor]:
     """A padded batch for a causal LM; only the answer and the end of text bear a loss.
 
     Returns:
         input_ids, attention_mask, labels: int64 [batch, tokens].
     """
     rows = []
-    for problem in problems:
-        prompt = tokenizer(problem.prompt)["input_ids"]
-        answer = tokenizer(" " + problem.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    for item in items:
+        prompt = tokenizer(item.prompt)["input_ids"] if item.prompt else []
+        lead = " " if item.prompt else ""
+        answer = tokenizer(lead + item.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         rows.append((prompt + answer, [IGNORED] * len(prompt) + answer))
     width = max(len(ids) for ids, _ in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -80,30 +89,35 @@ def collate(tokenizer, problems: Sequence[Problem]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def exact_match(model: nn.Module, tokenizer, problems: Sequence[Problem], batch: int = 32, new_tokens: int = 5) -> float:
-    """Share of the problems that greedy decoding answers exactly, 0 to 1.
-
-    The answer is what stands before the first end of text or line end, spaces stripped.
-    """
+def greedy_answers(model: nn.Module, tokenizer, prompts: Sequence[str], new_tokens: int, batch: int = 32) -> list[str]:
+    """The greedy answer to every prompt, in order: what stands before the first end of text or of line, stripped."""
     device = next(model.parameters()).device
-    # transformers 5.24 renamed the argument, not the output's field.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    # transformers 5.24 renamed both the argument and the output's field.
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    name = "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
     model.eval()
-    by_length: dict[int, list[tuple[list[int], Problem]]] = {}
-    for problem in problems:
-        ids = tokenizer(problem.prompt)["input_ids"]
-        by_length.setdefault(len(ids), []).append((ids, problem))  # equal lengths need no padding
-    right = 0
+    tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    by_length: dict[int, list[int]] = {}
+    for index, ids in enumerate(tokens):
+        by_length.setdefault(len(ids), []).append(index)  # equal lengths need no padding
+    said = [""] * len(prompts)
     for group in by_length.values():
         for at in range(0, len(group), batch):
-            ids = torch.tensor([ids for ids, _ in group[at:at + batch]], device=device)
-            cache, answer = None, []
+            chosen = group[at:at + batch]
+            ids, cache, answer = torch.tensor([tokens[i] for i in chosen], device=device), None, []
             for _ in range(new_tokens):
                 out = model(input_ids=ids, use_cache=True, **{name: cache})
-                cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+                cache, ids = getattr(out, name), out.logits[:, -1:].argmax(-1)
                 answer.append(ids)
-            for row, (_, problem) in zip(torch.cat(answer, dim=1).tolist(), group[at:at + batch], strict=True):
+            for i, row in zip(chosen, torch.cat(answer, dim=1).tolist(), strict=True):
                 if tokenizer.eos_token_id in row:
                     row = row[:row.index(tokenizer.eos_token_id)]
-                right += tokenizer.decode(row).split("\n")[0].strip() == problem.answer
+                said[i] = tokenizer.decode(row).split("\n")[0].strip()
+    return said
+
+
+def exact_match(model: nn.Module, tokenizer, problems: Sequence[Problem], batch: int = 32, new_tokens: int = 5) -> float:
+    """Share of the problems that greedy decoding answers exactly, 0 to 1."""
+    said = greedy_answers(model, tokenizer, [problem.prompt for problem in problems], new_tokens, batch)
+    right = sum(answer == problem.answer for answer, problem in zip(said, problems, strict=True))
     return right / max(len(problems), 1)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alps_kernels.demo import chain_sum, text
+from alps_kernels.demo.chain_sum import IGNORED, collate
 
 APART = 10**7  # between the seeds of two splits: item i of reasoning-gym is drawn from Random(seed + i)
-IGNORED = -100
 GYM = {  # reasoning-gym's own parameters
     "chain_sum_long": ("chain_sum", {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}),
     "leg_counting": ("leg_counting", {"min_animals": 2, "max_animals": 3}),
@@ -96,46 +96,11 @@ def _equals(answer: str) -> Callable[[str], float]:
     return lambda said: float(said == answer)
 
 
-def collate(tokenizer, items: Sequence[Item]) -> dict[str, Tensor]:
-    """input_ids, attention_mask, labels, int64 [batch, tokens]; only answer and end of text bear a loss."""
-    rows = []
-    for item in items:
-        prompt = tokenizer(item.prompt)["input_ids"] if item.prompt else []
-        lead = " " if item.prompt else ""
-        answer = tokenizer(lead + item.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        rows.append((prompt + answer, [IGNORED] * len(prompt) + answer))
-    width = max(len(ids) for ids, _ in rows)
-    pad = tokenizer.eos_token_id
-    return {"input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
-            "labels": torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in rows])}
-
-
-@torch.no_grad()
 def answers(model: nn.Module, tokenizer, items: Sequence[Item], batch: int = 64) -> list[float]:
-    """The score of the greedy answer to every item, in order; an answer ends at end of text or of line."""
-    device, scores = next(model.parameters()).device, [0.0] * len(items)
-    model.eval()
-    by_length: dict[int, list[int]] = {}
-    prompts = [tokenizer(item.prompt)["input_ids"] for item in items]
-    for index, ids in enumerate(prompts):
-        by_length.setdefault(len(ids), []).append(index)  # equal lengths need no padding
+    """The score of the greedy answer to every item, in order."""
     new = 2 + max((len(tokenizer(" " + item.answer)["input_ids"]) for item in items), default=0)
-    # transformers 5.24 renamed the argument, not the output's field.
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    name = "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
-    for group in by_length.values():
-        for at in range(0, len(group), batch):
-            chosen = group[at:at + batch]
-            ids, cache, said = torch.tensor([prompts[i] for i in chosen], device=device), None, []
-            for _ in range(new):
-                out = model(input_ids=ids, use_cache=True, **{name: cache})
-                cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-                said.append(ids)
-            for i, row in zip(chosen, torch.cat(said, dim=1).tolist(), strict=True):
-                row = row[:row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
-                scores[i] = float(items[i].score(tokenizer.decode(row).split("\n")[0].strip()))
-    return scores
+    said = chain_sum.greedy_answers(model, tokenizer, [item.prompt for item in items], new, batch)
+    return [float(item.score(answer)) for item, answer in zip(items, said, strict=True)]
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from torch import nn
 
 from alps_kernels import HeadAdamW, HeadScores, HeadSelection, find_heads, score_heads
 from alps_kernels.demo.run import smollm2, tiny_model
+from alps_kernels.integrations.start import restore
+from bench.counting import state_bytes
 
 from .cells import Cell
 from .tasks import Item, Splits, answer_loss, answers, collate, forgetting, splits
@@ -51,13 +53,12 @@ def run_cell(cell: Cell, plan: dict[str, Any], rates: dict[str, float], cache: P
     started = time.perf_counter()
     model, optimizer, losses = trainer.train(model)
     seconds = time.perf_counter() - started
-    state = sum(v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v))
     swept = cell.seed == plan["sweep_seed"]  # of which nothing but the development loss is asked
     return {
         **({} if swept else evaluated(model, tokenizer, data, plan["windows"])),
         "dev_loss": answer_loss(model, tokenizer, data.dev),
         "train_loss": losses[-1], "train_loss_bits": float(losses[-1]).hex(), "steps": len(losses),
-        "step_ms": 1e3 * seconds / len(losses), "trained": trainer.trained, "state_bytes": state,
+        "step_ms": 1e3 * seconds / len(losses), "trained": trainer.trained, "state_bytes": state_bytes(optimizer),
         "file_bytes": trainer.file_bytes, "heads": json.dumps([list(h) for h in trainer.heads]) if trainer.heads else "",
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else "",
     }
@@ -175,14 +176,7 @@ class _Trainer:
             self.heads = score_heads(self.base, model, metric=self.cell.metric,
                                      representation=self.cell.representation).top(self.cell.ratio)
             bound = self.heads.freeze(model)
-            kept = {part.name: part for part in bound.params}
-            originals = dict(self.base.named_parameters())
-            with torch.no_grad():
-                for part in everything.params:
-                    values = kept[part.name].cut(part.param) if part.name in kept else None
-                    part.param.copy_(originals[part.name])
-                    if values is not None:
-                        kept[part.name].spread(values, part.param)
+            restore(everything, bound, dict(self.base.named_parameters()))
             optimizer.set_heads(bound)
             self.trained = bound.numel
             self.file_bytes = sum(p.numel * p.param.element_size() for p in bound.params)
