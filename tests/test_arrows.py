@@ -51,7 +51,7 @@ ALLOWED = {
     "sparse": {"slices_file"},
     "export": {"files", "patch_checkpoint", "patch_file", "patch_make", "patch_source", "slices_file", "sparse"},
     "patch_cli": {"export", "patch_checkpoint", "patch_diff", "patch_file", "patch_make", "selection"},
-    "demo": {"binding", "files", "pictures", "optimizer", "scoring"},
+    "demo": {"binding", "files", "pictures", "optimizer", "scoring", "weights"},
     "cli": {"integrations", "patch_cli", "demo", "scores", "scoring", "selection"},
     "__main__": {"cli"},
     "__init__": set(),

@@ -23,6 +23,7 @@ from ..binding import BoundSelection
 from ..files import write_json
 from ..optimizer import HeadAdamW
 from ..scoring import score_heads
+from ..weights import ModelWeights
 from . import chain_sum, text
 
 Say = Callable[[str], None]
@@ -82,7 +83,9 @@ def run_demo(out: Path, *, tiny: bool = False, device: str | None = None, plan: 
     say(f"task    {line(full)}   (all weights, {plan.task_steps} steps, {seconds['task model']:.0f} s)")
 
     started = time.perf_counter()
-    scores = score_heads(base, task)
+    # The two come from one folder: named apart, so that table and picture say which is which.
+    scores = score_heads(ModelWeights(base, "tiny Llama" if tiny else "SmolLM2-135M-Instruct"),
+                         ModelWeights(task, "task model on short sums"))
     seconds["score"] = time.perf_counter() - started
     del task
     heads = scores.top(plan.ratio)
