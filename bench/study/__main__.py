@@ -1,7 +1,8 @@
 """`python -m bench.study run|list|rerun|report [--profile cpu|gpu|tiny]`.
 
-`run` goes on where it stopped: a cell whose row is in the table is not run again. Learning rates
-are swept first, at a seed of their own, and chosen by the loss on the development split.
+`run` goes on where it stopped: a cell whose row is in the table is not run again. Several
+processes may run at once and share the cells. The most wanted cells come first, so that
+`--seconds 3600` is a small study on a CPU.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS, environment
 
-from . import cells
-from .cells import Cell
+from .cells import Cell, Study
+from .locks import locked
 
 MEASURED = ("exact_match", "test_loss", "dev_loss", "english_ppl", "code_ppl", "train_loss", "train_loss_bits", "steps",
             "step_ms", "trained", "state_bytes", "file_bytes", "peak_mib", "heads", "right")
@@ -30,6 +32,13 @@ COLUMNS = ("key", *Cell.__dataclass_fields__, *MEASURED, *KNOWN)
 def table_path() -> Path:
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
     return folder / "study.csv"
+
+
+def scratch() -> Path:
+    """Scores that cells share, and the locks of running ones."""
+    folder = table_path().parent / "study-scores"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
@@ -44,80 +53,67 @@ def write(path: Path, cell: Cell, measured: dict[str, Any]) -> None:
     known = environment()
     row = {"key": cell.key, **asdict(cell), **measured, **{name: known[name] for name in KNOWN}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
+    with locked(scratch() / "table"), path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
-        if fresh:
+        if not file.tell():
             writer.writeheader()
         writer.writerow(row)
 
 
-def chosen_rates(profile: str, plan: dict, rates: dict, rows: dict[str, dict]) -> dict[tuple[str, str], float]:
-    """The rate of (task, method) with the least development loss, where all of its sweep has run."""
-    chosen = {}
-    for task in plan["tasks"]:
-        for method in plan["methods"]:
-            swept = [c for c in cells.sweep(profile, plan, rates) if (c.task, c.method) == (task, method)]
-            if all(c.key in rows for c in swept):
-                chosen[task, method] = min(swept, key=lambda c: float(rows[c.key]["dev_loss"])).lr
-    return chosen
-
-
-def task_rates(plan: dict, chosen: dict[tuple[str, str], float]) -> dict[str, float]:
-    """The learning rate of a task's task model: that of full fine-tuning; a transfer's target has its source's."""
-    rates = {task: lr for (task, method), lr in chosen.items() if method == "full"}
-    return {**{target: rates[source] for source, target in plan["transfer"] if source in rates}, **rates}
-
-
-def todo(profile: str, only: list[str]) -> Iterator[Cell]:
-    """Cells without a row, in order; asks again after each, since rates become known on the way."""
-    while True:
-        plan, rates = cells.load(profile)
-        rows = read(table_path())
-        chosen = chosen_rates(profile, plan, rates, rows)
-        bases = [Cell(profile, task, "base") for task in plan["tasks"]]
-        wanted = [*bases, *cells.sweep(profile, plan, rates), *cells.main(profile, plan, chosen)]
-        fast = task_rates(plan, chosen)
-        left = [c for c in wanted if c.key not in rows and (not only or c.method in only)
-                and (not c.task_model or (c.heads_from or c.task) in fast)]
-        if not left:
-            return
-        yield left[0]
+def losses(rows: dict[str, dict[str, str]]) -> dict[str, float]:
+    """On the development split, by cell."""
+    return {key: float(row["dev_loss"]) for key, row in rows.items()}
 
 
 def run(profile: str, only: list[str], limit: int | None, seconds: float | None) -> None:
+    """Run cells without a row, in order; asks again after each, since rates become known on the way."""
     from .train import base_row, run_cell
 
-    plan, rates = cells.load(profile)
-    cache = table_path().parent / "study-scores"
-    cache.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    for count, cell in enumerate(todo(profile, only)):
+    study, started, count = Study.load(profile), time.perf_counter(), 0
+    while True:
+        rows = read(table_path())
+        left = [c for c in study.cells(losses(rows)) if c.key not in rows and (not only or c.method in only)]
+        if not left:
+            return
         if (limit is not None and count >= limit) or (seconds is not None and time.perf_counter() - started > seconds):
             print("stopped; run again to go on")
             return
-        chosen = chosen_rates(profile, plan, rates, read(table_path()))
-        began = time.perf_counter()
-        measured = base_row(cell, plan) if cell.method == "base" else run_cell(cell, plan, task_rates(plan, chosen), cache)
-        write(table_path(), cell, measured)
-        said = ", ".join(f"{name} {measured[name]:.4g}" for name in ("exact_match", "test_loss", "dev_loss", "english_ppl", "code_ppl")
-                         if name in measured)
-        print(f"{cell.key}: {said} ({time.perf_counter() - began:.0f} s)", flush=True)
+        with first_free(left) as cell:
+            if cell is None:  # other processes are at them, and more may follow from what they find
+                time.sleep(2)
+            elif cell.key not in read(table_path()):
+                began = time.perf_counter()
+                measured = base_row(cell, study.plan) if cell.method == "base" else run_cell(
+                    cell, study.plan, study.task_rate(cell, study.chosen(losses(rows))), scratch())
+                write(table_path(), cell, measured)
+                said = ", ".join(f"{name} {measured[name]:.4g}" for name in
+                                 ("exact_match", "test_loss", "dev_loss", "english_ppl", "code_ppl") if name in measured)
+                print(f"{cell.key}: {said} ({time.perf_counter() - began:.0f} s)", flush=True)
+                count += 1
+
+
+@contextmanager
+def first_free(left: list[Cell]) -> Iterator[Cell | None]:
+    """The first cell that no other process is at; none is at it while the block runs."""
+    for cell in left:
+        with locked(scratch() / cell.key.replace("/", "-"), wait=False) as mine:
+            if mine:
+                yield cell
+                return
+    yield None
 
 
 def rerun(profile: str, key: str) -> int:
     """Run one cell again and compare its last training loss bit for bit; 0 where it is equal."""
     from .train import run_cell
 
-    rows = read(table_path())
+    rows, study = read(table_path()), Study.load(profile)
     if key not in rows:
         raise SystemExit(f"no row is called {key!r} in {table_path()}")
     row = rows[key]
     cell = Cell(**{name: (float(row[name]) if name in ("ratio", "lr") else int(row[name]) if name == "seed" else row[name])
                    for name in Cell.__dataclass_fields__})
-    plan, rates = cells.load(profile)
-    chosen = chosen_rates(profile, plan, rates, rows)
-    measured = run_cell(cell, plan, task_rates(plan, chosen), table_path().parent / "study-scores")
+    measured = run_cell(cell, study.plan, study.task_rate(cell, study.chosen(losses(rows))) or 0.0, scratch())
     same = measured["train_loss_bits"] == row["train_loss_bits"]
     print(f"{key}: loss {measured['train_loss_bits']}, in the table {row['train_loss_bits']}: {'equal' if same else 'DIFFERENT'}"
           f" (table: {row['device']}, torch {row['torch']})")
@@ -136,9 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     if given.verb == "run":
         run(given.profile, given.only, given.limit, given.seconds)
     elif given.verb == "list":
-        plan, rates = cells.load(given.profile)
         rows = read(table_path())
-        for cell in [*cells.sweep(given.profile, plan, rates), *cells.main(given.profile, plan, chosen_rates(given.profile, plan, rates, rows))]:
+        for cell in Study.load(given.profile).cells(losses(rows)):
             print("done" if cell.key in rows else "todo", cell.key)
     elif given.verb == "rerun":
         if not given.key:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import random
+import statistics
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +22,7 @@ from alps_kernels.integrations.start import restore
 from bench.counting import state_bytes
 
 from .cells import Cell
+from .locks import locked
 from .tasks import Item, Splits, answer_loss, answers, collate, forgetting, splits
 
 BETAS = (0.9, 0.999)
@@ -33,11 +36,11 @@ def base_model(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
     return model.to(device, getattr(torch, dtype)), tokenizer
 
 
-def run_cell(cell: Cell, plan: dict[str, Any], rates: dict[str, float], cache: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, plan: dict[str, Any], task_rate: float, cache: Path) -> dict[str, Any]:
     """Train and measure one cell.
 
     Args:
-        rates: the learning rate of task models by task.
+        task_rate: the learning rate of the task model, where the cell needs one.
         cache: where scores are kept, so that cells that need the same ones share them.
 
     Returns:
@@ -49,16 +52,14 @@ def run_cell(cell: Cell, plan: dict[str, Any], rates: dict[str, float], cache: P
     random.seed(cell.seed)
     torch.manual_seed(cell.seed)
     model = copy.deepcopy(base)
-    trainer = _Trainer(cell, plan, base, tokenizer, data.train, rates, cache)
-    started = time.perf_counter()
+    trainer = _Trainer(cell, plan, base, tokenizer, data.train, task_rate, cache)
     model, optimizer, losses = trainer.train(model)
-    seconds = time.perf_counter() - started
     swept = cell.seed == plan["sweep_seed"]  # of which nothing but the development loss is asked
     return {
         **({} if swept else evaluated(model, tokenizer, data, plan["windows"])),
         "dev_loss": answer_loss(model, tokenizer, data.dev),
         "train_loss": losses[-1], "train_loss_bits": float(losses[-1]).hex(), "steps": len(losses),
-        "step_ms": 1e3 * seconds / len(losses), "trained": trainer.trained, "state_bytes": state_bytes(optimizer),
+        "step_ms": trainer.step_ms, "trained": trainer.trained, "state_bytes": state_bytes(optimizer),
         "file_bytes": trainer.file_bytes, "heads": json.dumps([list(h) for h in trainer.heads]) if trainer.heads else "",
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else "",
     }
@@ -84,11 +85,12 @@ class _Trainer:
     """How one cell's method prepares a model, and its training loop."""
 
     def __init__(self, cell: Cell, plan: dict[str, Any], base: nn.Module, tokenizer, train: list[Item],
-                 rates: dict[str, float], cache: Path) -> None:
+                 task_rate: float, cache: Path) -> None:
         self.cell, self.plan, self.base, self.tokenizer, self.items = cell, plan, base, tokenizer, train
-        self.rates, self.cache = rates, cache
+        self.task_rate, self.cache = task_rate, cache
         self.heads: HeadSelection | None = None
         self.trained = self.file_bytes = 0
+        self.step_ms = math.nan  # the median of the last run of `_fit`
 
     def train(self, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, list[float]]:
         if self.cell.task_model == "one_run":
@@ -142,20 +144,23 @@ class _Trainer:
         """The scores that choose, from the cache or from a task model made now."""
         cell = self.cell
         task, kind = cell.heads_from or cell.task, cell.task_model
-        path = self.cache / f"{cell.profile}-{task}-{kind}-{cell.seed}-{cell.metric}-{cell.representation}.json"
-        if not path.exists():
-            model = self._task_model(task, kind)
-            for metric, representation in {("pad", "projection"), (cell.metric, cell.representation),
-                                           *map(tuple, self.plan["metrics"])}:
-                made = score_heads(self.base, model, metric=metric, representation=representation)
-                made.save(self.cache / f"{cell.profile}-{task}-{kind}-{cell.seed}-{metric}-{representation}.json")
-        return HeadScores.load(path)
+        wanted = {(cell.metric, cell.representation), ("pad", "projection")}
+        if kind == "full" and task in self.plan["wide"]:
+            wanted |= set(map(tuple, self.plan["metrics"]))
+        made = f"{cell.profile}-{task}-{kind}-{cell.seed}-{self.task_rate:g}"
+        paths = {which: self.cache / f"{made}-{'-'.join(which)}.json" for which in wanted}
+        with locked(self.cache / made):
+            if not all(path.exists() for path in paths.values()):
+                model = self._task_model(task, kind)
+                for (metric, representation), path in paths.items():
+                    score_heads(self.base, model, metric=metric, representation=representation).save(path)
+        return HeadScores.load(paths[cell.metric, cell.representation])
 
     def _task_model(self, task: str, kind: str) -> nn.Module:
         plan, items = self.plan, self.items
         if task != self.cell.task:
             items = splits(task, plan["n_train"], plan["n_dev"], plan["n_test"], self.cell.seed).train
-        model, lr = copy.deepcopy(self.base), self.rates[task]
+        model, lr = copy.deepcopy(self.base), self.task_rate
         options = {}
         if kind == "heads10":
             chosen = HeadSelection.random(find_heads(model), plan["ratio"], seed=self.cell.seed)
@@ -190,6 +195,8 @@ class _Trainer:
         plan, rng = self.plan, random.Random(self.cell.seed)
         peak, device, losses = lr or self.cell.lr, next(model.parameters()).device, []
         warmup = max(1, round(plan["warmup_ratio"] * steps))
+        clock = time.process_time if device.type == "cpu" else time.perf_counter  # others may be at work on the cores
+        times = [clock()]
         model.train()
         for step in range(steps):
             if at and step in at:
@@ -204,4 +211,6 @@ class _Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
             losses.append(loss.item())
+            times.append(clock())
+        self.step_ms = 1e3 * statistics.median(after - before for before, after in itertools.pairwise(times))
         return losses
