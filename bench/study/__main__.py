@@ -23,7 +23,7 @@ from bench.common import RESULTS, environment
 from .cells import Cell, Study
 from .locks import locked
 
-MEASURED = ("exact_match", "test_loss", "dev_loss", "english_ppl", "code_ppl", "train_loss", "train_loss_bits", "steps",
+MEASURED = ("exact_match", "test_loss", "dev_loss", "english_ppl", "code_ppl", "humaneval_loss", "train_loss", "train_loss_bits", "steps",
             "step_ms", "trained", "state_bytes", "file_bytes", "peak_mib", "heads", "right")
 KNOWN = ("date", "commit", "device", "torch", "triton", "transformers", "python")
 COLUMNS = ("key", *Cell.__dataclass_fields__, *MEASURED, *KNOWN)

