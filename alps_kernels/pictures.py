@@ -42,7 +42,7 @@ def heat_map(scores: HeadScores, path: str | os.PathLike, heads: HeadSelection |
     if heads is not None:
         _frame(axes, scores, heads)
     axes.set_title(_title(scores, heads, "framed"), fontsize=10, wrap=True)
-    _write(figure, path)
+    save_figure(figure, path)
 
 
 def histogram(scores: HeadScores, path: str | os.PathLike, heads: HeadSelection | None = None) -> None:
@@ -54,7 +54,7 @@ def histogram(scores: HeadScores, path: str | os.PathLike, heads: HeadSelection 
     import numpy as np
 
     _check(scores, heads)
-    figure = _figure(6.4, 3.8)
+    figure = new_figure(6.4, 3.8)
     axes = figure.add_subplot()
     norm, beyond = _norm(scores)
     low, high = norm.vmin, norm.vmax
@@ -75,7 +75,7 @@ def histogram(scores: HeadScores, path: str | os.PathLike, heads: HeadSelection 
     axes.set(xlabel=f"{scores.metric} of {scores.representation}{outside}", ylabel="heads",
              xscale="log" if spread else "linear")
     axes.set_title(_title(scores, heads, "hatched"), fontsize=10, wrap=True)
-    _write(figure, path)
+    save_figure(figure, path)
 
 
 def overlap(scores: HeadScores, other: HeadScores, path: str | os.PathLike, ratio: float = 0.10) -> None:
@@ -116,7 +116,7 @@ def overlap(scores: HeadScores, other: HeadScores, path: str | os.PathLike, rati
                   loc="outside lower center", fontsize=8)
     axes.set_title(f"top {alike.k} heads of two tasks by {scores.metric}\n{alike.shared} shared, Jaccard "
                    f"{alike.jaccard:.2f}, Spearman {alike.spearman:.2f} over all", fontsize=10, wrap=True)
-    _write(figure, path)
+    save_figure(figure, path)
 
 
 def curves(path: str | os.PathLike, lines: Mapping[str, Sequence[tuple[float, float]]], *, xlabel: str = "step",
@@ -132,7 +132,7 @@ def curves(path: str | os.PathLike, lines: Mapping[str, Sequence[tuple[float, fl
     """
     if not any(len(points) for points in lines.values()):
         raise ValueError("no curve has a point, so there is nothing to draw")
-    figure = _figure(6.4, 4.0)
+    figure = new_figure(6.4, 4.0)
     axes = figure.add_subplot()
     for index, (label, points) in enumerate(lines.items()):
         axes.plot(*zip(*points, strict=True), label=label, linewidth=1.6, linestyle=LINES[index % len(LINES)],
@@ -141,7 +141,7 @@ def curves(path: str | os.PathLike, lines: Mapping[str, Sequence[tuple[float, fl
     axes.grid(color="0.85", linewidth=0.6)
     axes.legend(fontsize=8)
     axes.set_title(title, fontsize=10, wrap=True)
-    _write(figure, path)
+    save_figure(figure, path)
 
 
 def memory_bars(path: str | os.PathLike, rows: Mapping[str, Mapping[str, float]], *, title: str = "") -> None:
@@ -159,7 +159,7 @@ def memory_bars(path: str | os.PathLike, rows: Mapping[str, Mapping[str, float]]
     sorts = list(dict.fromkeys(sort for parts in rows.values() for sort in parts))
     largest = max(sum(parts.values()) for parts in rows.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
-    figure = _figure(7.0, 1.6 + 0.45 * len(rows))
+    figure = new_figure(7.0, 1.6 + 0.45 * len(rows))
     axes = figure.add_subplot()
     left = [0.0] * len(rows)
     for index, sort in enumerate(sorts):
@@ -175,10 +175,10 @@ def memory_bars(path: str | os.PathLike, rows: Mapping[str, Mapping[str, float]]
     axes.set_xlabel(name)
     axes.set_title(title, fontsize=10, wrap=True)
     figure.legend(loc="outside lower center", ncols=min(len(sorts), 4), fontsize=8)
-    _write(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -186,7 +186,7 @@ def _figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _write(figure, path: str | os.PathLike) -> None:
+def save_figure(figure, path: str | os.PathLike) -> None:
     buffer, kind = io.BytesIO(), Path(path).suffix.lstrip(".").lower() or "png"
     figure.savefig(buffer, format=kind, dpi=200)
     write_atomic(path, buffer.getvalue())
@@ -203,7 +203,7 @@ def _check(scores: HeadScores, heads: HeadSelection | None) -> None:
 def _grid(scores: HeadScores):
     """Figure and axes for one cell per head, layers downwards."""
     n_layers, n_heads = len(scores.layers), max(scores.heads_per_layer[layer] for layer in scores.layers)
-    figure = _figure(min(4.5 + 0.24 * n_heads, 16), min(2.2 + 0.24 * n_layers, 22))
+    figure = new_figure(min(4.5 + 0.24 * n_heads, 16), min(2.2 + 0.24 * n_layers, 22))
     axes = figure.add_subplot()
     axes.set_facecolor("0.9")  # layers of fewer heads end here
     axes.set(xlabel="head", ylabel="layer")

@@ -110,10 +110,10 @@ def test_shell_lines_run(page, desk):
 
             assert {word for word in words[3:] if not word.startswith("-")} <= set(NAMES), words
         elif words[:3] == ["python", "-m", "bench.study"]:
-            from bench.study.cells import load
+            from bench.study.cells import Study
 
             assert words[3] in ("run", "list", "report", "rerun")
-            load(words[words.index("--profile") + 1] if "--profile" in words else "cpu")
+            Study.load(words[words.index("--profile") + 1] if "--profile" in words else "cpu")
         elif words[:2] == ["pip", "install"]:
             extras = re.fullmatch(r"alps-kernels(?:\[(.*)\])?", words[-1]).group(1)
             assert extras is None or set(extras.split(",")) <= set(metadata("alps-kernels").get_all("Provides-Extra")), words
