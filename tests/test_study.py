@@ -91,8 +91,9 @@ def test_cells_follow_their_learning_rates():
     plan = Study.load("cpu")
     known = {run.key: run.lr for cell in plan.swept("chain_sum") if cell.method == "full" for run in plan.sweep(cell, {})[0]}
     assert plan.sweep(plan.first("chain_sum", "full"), known)[1] is None  # the least is at an edge: it goes on
+    assert not any(cell.task_model for cell in plan.cells({}))  # a task model trains at full fine-tuning's rate
     losses = {}
-    for _ in range(3):
+    for _ in range(6):
         losses |= {cell.key: abs(cell.lr - 1e-4) for cell in plan.cells(losses) if cell.seed == 100}
     cells = list(plan.cells(losses))
     keys = [cell.key for cell in cells]

@@ -146,12 +146,14 @@ class Study:
         for task in tasks:
             yield Cell(self.profile, task, "base")
             for cell in methods(task):
-                yield from self.sweep(cell, losses)[0]
+                if self.task_rate(cell, chosen) is not None:
+                    yield from self.sweep(cell, losses)[0]
             yield from at(plan["first_seeds"], methods(task))
             if task in plan["wide"]:
                 yield from at(plan["first_seeds"], self._metrics(task))
                 for cell in self._ratios(task):
-                    yield from self.sweep(cell, losses)[0]
+                    if self.task_rate(cell, chosen) is not None:
+                        yield from self.sweep(cell, losses)[0]
                 yield from at(plan["first_seeds"], [*self._ratios(task), *self._task_models(task)])
             for source, target in plan["transfer"]:
                 if source == task:
