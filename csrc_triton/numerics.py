@@ -121,7 +121,7 @@ def encode8(x):
     """float32 [n, 8] -> codes -127..127 (int32), and scales [n, 1]: fourth roots, to nearest."""
     root = tl.sqrt(tl.sqrt(tl.abs(x)))
     scale = _largest_of_64(root, 127.0)
-    code = tl.minimum((root * (1.0 / tl.maximum(scale, 1e-38)) + ROUND) - ROUND, 127.0)
+    code = tl.minimum((root * (1.0 / tl.maximum(scale, 1e-30)) + ROUND) - ROUND, 127.0)
     return tl.where(x < 0, -code, code).to(tl.int32), scale
 
 
@@ -134,7 +134,7 @@ def encode8_stochastically(x, noise):
     """
     root = tl.sqrt(tl.sqrt(x))
     scale = _largest_of_64(root, 255.0)
-    code = tl.minimum(tl.floor(root * (1.0 / tl.maximum(scale, 1e-38))), 254.0)
+    code = tl.minimum(tl.floor(root * (1.0 / tl.maximum(scale, 1e-30))), 254.0)
     low = code * scale
     low = low * low * (low * low)
     high = (code + 1.0) * scale

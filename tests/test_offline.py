@@ -1,9 +1,14 @@
 """The offline-compile harness: it reaches machine code, and it sees what it is asked to see."""
 
+import ast
+from pathlib import Path
+
 import pytest
+import torch
 import triton
 import triton.language as tl
 
+import csrc_triton
 from tests import offline
 
 
@@ -34,3 +39,12 @@ def test_a_missing_hint_costs_the_16_byte_loads():
 def test_a_forgotten_argument_is_named():
     with pytest.raises(TypeError, match="n"):
         offline.build(_copy_kernel, {"x_ptr": "*bf16", "out_ptr": "*bf16"}, {"BLOCK": 1024})
+
+
+@pytest.mark.parametrize("path", sorted(Path(csrc_triton.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_every_constant_is_a_normal_float32(path):
+    """Triton 3.6 takes any other as float64, and all that it meets with it: codes of 8 bits were cut off, not rounded."""
+    floats = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
+              and isinstance(node.value, float)]
+    info = torch.finfo(torch.float32)
+    assert [x for x in floats if x != 0 and not info.smallest_normal <= x <= info.max] == []

@@ -78,7 +78,7 @@ def _scale(root: Tensor, codes: int) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    return 1 / scale.clamp_min(1e-38)
+    return 1 / scale.clamp_min(1e-30)
 
 
 def _codes(values: Tensor, dtype: torch.dtype) -> Tensor:
