@@ -84,7 +84,7 @@ class SlicedProject(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        device = dy.device.type  # meta, where steps are counted, knows no autocast; torch 2.11 compiles no is_autocast_available
+        device = dy.device.type  # meta, where steps are counted, knows none; is_autocast_available is not traced in torch 2.11
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return SlicedProject._grads(ctx, dy)
