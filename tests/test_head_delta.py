@@ -203,7 +203,8 @@ def test_logits_of_two_spreads_whose_mean_moves():
 
 
 @pytest.mark.parametrize("score", [head_delta, head_delta_projection])
-def test_threads_share_the_heads(score):
+def test_threads_share_the_heads(score, monkeypatch):
+    monkeypatch.setattr(reference_scoring, "JOB", 2**13)  # one or two heads
     group = (0, 0, 1, 1, 2)
     layer = (segment(5, 16, 300), segment(3, 16, 300, group, seed=1), segment(3, 16, 300, group, seed=2))
     layer[0].base.requires_grad_()
@@ -218,8 +219,7 @@ def test_threads_share_the_heads(score):
             score([(segment(1, 2, 3),) * 3, layer], ["pad"])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(found[1][name], found[2][name]) for name in METRICS)
-    close(found[1], found[0])
+    assert all(torch.equal(found[0][name], again[name]) for again in found[1:] for name in METRICS)
 
 
 def test_one_operator_gets_the_threads_of_few_workers(monkeypatch):
@@ -251,20 +251,20 @@ FAULTS = {
     # the passes over heads that moved little
     "the growth of Z is left in": (reference_near, "y.sub_(growth)", "y", SHIFTED),
     "half of the growth": (reference_near, "2 * torch.atanh", "torch.atanh", SHIFTED),
-    "sinh by the series of cosh": (reference_near, "_times(y, w, SINH, most, spare, y)", "_times(y, w, COSH, most, spare, y)", WIDE),
+    "sinh by the series of cosh": (reference_near, "_times(y, w, SINH, most, spare, d)", "_times(y, w, COSH, most, spare, d)", WIDE),
     "a series stops at its first term": (reference_near, "factors[:kept[-1]]", "factors[:1]",
                                          [lambda: kinds(lambda b, e: b + 0.2 * e.sign(), False)]),
     "KL without its odd part": (reference_near, '(s["even"] / 2 + s["odd"] / 12)', '(s["even"] / 2)', EXACT),
     "JS of KL": (reference_near, 's["js"] / 8', 's["js"] / 2', EXACT),
-    "what rounding left stays": (reference_near, "self.end / -self.n", "self.end * 0", SHIFTED),
+    "what rounding left stays": (reference_near, "self.end / -n", "self.end * 0", SHIFTED),
     "the base in the middle": (reference_near, 's["cd"] - s["ddp"] / 2', 's["cd"]', EXACT),
     "exp of the base alone": (reference_near, "weight.add_(x, alpha=LOG2E / 2).exp2_()", "weight.exp2_()", EXACT),
     "every stretch starts anew": (reference_near, "                d[:, :1] += self.end\n", "", JOINED),
     "temperature is ignored": (reference_near, "            if self.tau != 1:\n                x.div_(self.tau)\n", "",
                                [lambda: test_temperature(0.5)]),
-    "a rest of any size is taken off in a line": (reference_near, "self.bent *", "0 *", [test_logits_of_two_spreads_whose_mean_moves]),
-    "far heads pass as near": (reference_near, "(self.far <= FAR) & ", "", [lambda: kinds(lambda b, e: b + 0.1 * e.clamp(-3, 3), True)]),
-    "concentrated heads pass": (reference_near, "& ~self.concentrated ", "", [lambda: test_concentrated_softmax(4.0)]),
+    "a rest of any size is taken off in a line": (reference_near, 's["rest"] <=', '0 * s["rest"] <=', [test_logits_of_two_spreads_whose_mean_moves]),
+    "far heads pass as near": (reference_near, '& (s["far"] <= FAR) ', "", [lambda: kinds(lambda b, e: b + 0.1 * e.clamp(-3, 3), True)]),
+    "concentrated heads pass": (reference_near, "norm >= CONCENTRATED", "norm >= 0", [lambda: test_concentrated_softmax(4.0)]),
     "cancelled sums pass": (reference_near, ">= CANCELLED * s[d] * s[a]", ">= -1.0", [test_weights_that_shrink]),
     # how heads are read
     "a segment is read from its start": (reference_scoring, "base[:, first - start:last - start], task",

@@ -73,18 +73,21 @@ def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str
     plain = reference.head_delta_projection if projection else reference.head_delta
     summed = [name for name in metrics if name != "pad_values"]  # a sort, which torch does well
     extra = bool({"kl", "js", "cosine"} & set(metrics))
-    batches: dict[tuple | None, list[int]] = {}
+    batches: dict[tuple | torch.device, list[int]] = {}
     for i, layer in enumerate(layers):
         kernel = summed and (layer[0].base.is_cuda if backend is None else backend == "triton")
         kernel = kernel and all(side.dtype in LAUNCHABLE for s in layer for side in (s.base, s.task))
         kernel = kernel and not (projection and any(side.stride(2) != 1 for side in (layer[0].base, layer[0].task)))
-        batches.setdefault(_kind(layer, projection) if kernel else None, []).append(i)
+        batches.setdefault(_kind(layer, projection) if kernel else layer[0].base.device, []).append(i)
     found: list[dict[str, Tensor]] = [{} for _ in layers]
-    for i in batches.pop(None, []):
-        found[i] = plain([layers[i]], metrics, temperature=tau, first=i)
-    for indices in batches.values():
-        sums = (projection_sums if projection else flat_sums)([layers[i] for i in indices], tau, extra)
+    for kind, indices in batches.items():
         widths = [len(layers[i][0].index) for i in indices]
+        if isinstance(kind, torch.device):
+            columns = plain([layers[i] for i in indices], metrics, temperature=tau, numbers=indices)
+            for i, *values in zip(indices, *(column.split(widths) for column in columns.values()), strict=True):
+                found[i] = dict(zip(columns, values, strict=True))
+            continue
+        sums = (projection_sums if projection else flat_sums)([layers[i] for i in indices], tau, extra)
         _refuse_unsound(sums, indices, widths)
         doubtful = sums.doubtful(summed).split(widths)
         columns = {name: values.cpu().split(widths) for name, values in sums.scores(summed).items()}

@@ -8,14 +8,13 @@ With x = (t - b) / tau, G = exp((b + t) / 2 tau) and y = x - log(Z_T / Z_B), abo
 
 The series of these need one or two terms where expm1 is a costly call, and every divergence is a sum
 of products of the same few arrays: KL of y exp(y/2) - 2 sinh(y/2), JS of h sinh h - cosh h log cosh h
-with h = y / 2, both times G / N.
+with h = y / 2, both times G / N. Work that is done once for all heads is left to the end, and to few operators.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence, Set
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -24,9 +23,10 @@ from .workers import Workers
 
 ELEMENTS = 2**18  # of a stretch of some heads: short enough for the caches, long enough for Python
 LOG2E = 1.4426950408889634  # exp2 takes a quarter of exp's time
-# Factors of w = y^2 and w^2, after a leading 1, of 2 sinh(y/2) / y, of cosh(y/2), of the odd part of KL's
-# sum / (y^3 / 12) and of JS's / (w / 8). FAR is the |y| beyond which these are not enough.
-SINH, COSH, ODD, JS = (1 / 24, 1 / 1920), (1 / 8, 1 / 384), (1 / 40, 1 / 4480), (0.0, 1 / 1152)
+# Factors of w = y^2 and w^2, after a leading 1, of 2 sinh(y/2) / y and of cosh(y/2); and, as shares of
+# d = 2 G sinh(y/2), of the odd part of KL's terms, d w / 12, and of JS's terms, d y / 8. FAR is the |y|
+# beyond which these are not enough.
+SINH, COSH, ODD, JS = (1 / 24, 1 / 1920), (1 / 8, 1 / 384), (-1 / 60, 1 / 2520), (-1 / 24, 1 / 480)
 FAR = 0.25
 NEGLIGIBLE = 2e-8  # a term this small beside the leading 1 is left out
 LARGE_LOGIT = 24.0  # |log2| up to which a head's largest exp needs no shift by the maximum
@@ -36,13 +36,15 @@ CONCENTRATED, CANCELLED = 8.0, 0.01
 TINY = 1e-30  # a mean square below it may be without squares that underflowed
 RESIDUE = 3e-7  # of the mean CDF difference: what taking off the rest in a straight line may miss
 SAMPLES = 1024  # of G, to see how far from a straight line its sum runs
-PADS = ("pad", "pad_index")
-OF_WEIGHTS = ("cosine_weights", "euclidean", "relative")
+# The sums over a head's elements that a metric is made of.
+SUMS = {
+    "pad": {"steps"}, "pad_index": {"steps"}, "pad_values": {"values"}, "kl": {"even", "odd"}, "js": {"js"},
+    "cosine": {"cc", "cd", "ddp"}, "cosine_weights": {"bb", "bd", "dd"}, "euclidean": {"dd"}, "relative": {"bb", "dd"},
+}
 
 
-def near(stretches: Iterable[tuple[Tensor, Tensor]], wanted: Set[str], tau: float,
-         workers: Workers) -> tuple[dict[str, Tensor], Tensor]:
-    """Metrics between rows of weights and the same rows moved.
+def near(stretches: Iterable[tuple[Tensor, Tensor]], wanted: Set[str], tau: float, workers: Workers) -> dict[str, Tensor]:
+    """What `judged` makes metrics of: sums over rows of weights and the same rows moved.
 
     Args:
         stretches: of the rows of some heads, one after the other, the base times `scale(tau)` and
@@ -51,15 +53,14 @@ def near(stretches: Iterable[tuple[Tensor, Tensor]], wanted: Set[str], tau: floa
         wanted: names of metrics; for "pad_values" the rows must be sorted.
 
     Returns:
-        float64 [heads] per metric, and for which heads they hold, bool [heads]: finite, not far
-        from their base, not concentrated in few weights, no sum left to rounding.
+        float64 [heads] by name.
     """
-    passes = _Passes(wanted, tau, workers)
+    passes = _Passes(set().union(*(SUMS[name] for name in wanted)), tau, workers)
     passes.weigh(stretches)
     passes.move()
-    if wanted & set(PADS):
+    if "steps" in passes.needed:
         passes.step()
-    return passes.scores(), passes.good()
+    return passes.sums
 
 
 def scale(tau: float) -> float:
@@ -70,117 +71,127 @@ def scale(tau: float) -> float:
 class _Passes:
     """The passes over rows of some heads, and the sums [heads] that they leave."""
 
-    def __init__(self, wanted: Set[str], tau: float, workers: Workers) -> None:
-        self.wanted, self.tau, self.workers, self.held = wanted, tau, workers, []
+    def __init__(self, needed: Set[str], tau: float, workers: Workers) -> None:
+        self.needed, self.tau, self.workers, self.held = needed, tau, workers, []
         self._memory: Sequence[Tensor] = (torch.empty(0),)
-        self.sums: dict[str, Any] = defaultdict(list)  # of stretches in float32, then of all in float64
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)  # by stretch, float32
+        self.sums: dict[str, Tensor] = {}  # float64
 
     def _scratch(self, like: Tensor) -> Sequence[Tensor]:
         if self._memory[0].shape != like.shape:
             self._memory = self.workers.scratch("passes", 4, *like.shape, device=like.device).unbind()
         return self._memory
 
+    def _dot(self, name: str, left: Tensor, right: Tensor, out: Tensor) -> None:
+        if name in self.needed:
+            self._parts[name].append(torch.mul(left, right, out=out).sum(1))
+
     def _close(self) -> None:
-        self.sums |= {name: torch.stack(parts, 1).double().sum(1) for name, parts in self.sums.items() if isinstance(parts, list)}
-        self.n = sum(y.shape[1] for _, y in self.held)
+        parts = [part for each in self._parts.values() for part in each]
+        sums = torch.stack(parts).view(len(self._parts), -1, len(parts[0])).double().sum(1)
+        self.sums |= zip(self._parts, sums, strict=True)
+        self._parts.clear()
 
     def weigh(self, stretches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Turn the base into G, and find log(Z_T / Z_B)."""
-        sums, tops, far = self.sums, [], []
+        parts, tops, far = self._parts, [], []
         for weight, x in stretches:
             w, out, spare, _ = self._scratch(x)
-            if self.wanted & set(OF_WEIGHTS):
-                for name, left, right in (("bb", weight, weight), ("bd", weight, x), ("dd", x, x)):
-                    sums[name].append(torch.mul(left, right, out=out).sum(1))
             if self.tau != 1:
                 x.div_(self.tau)
-            tops.append(weight.amax(1))
-            far += x.amax(1), x.amin(1).neg_()  # vectorised, which aminmax is not
-            most = float(torch.maximum(*far[-2:]).amax()) ** 2
-            weight.add_(x, alpha=LOG2E / 2).exp2_()
             torch.mul(x, x, out=w)
-            sums["middle"].append(_times(weight, w, COSH, most, spare, out).sum(1))
-            sums["moved"].append(torch.mul(_times(x, w, SINH, most, spare, out), weight, out=out).sum(1))
+            self._dot("bb", weight, weight, out)
+            self._dot("bd", weight, x, out)
+            if "dd" in self.needed:
+                parts["dd"].append(w.sum(1))
+            tops.append(weight.amax(1))
+            far.append(w.amax(1))
+            most = float(far[-1].amax())
+            weight.add_(x, alpha=LOG2E / 2).exp2_()
+            parts["middle"].append(_times(weight, w, COSH, most, spare, out).sum(1))
+            parts["moved"].append(torch.mul(_times(x, w, SINH, most, spare, out), weight, out=out).sum(1))
             self.held.append((weight, x))
         self._close()
-        middle, half, top = sums["middle"], sums["moved"] / 2, torch.stack(tops).amax(0).double()
-        self.norm = (middle.square() - half.square()).sqrt()
-        self.growth = 2 * torch.atanh(half / middle)
-        self.far = torch.stack(far).amax(0).double() + self.growth.abs()
-        self.concentrated = (self.norm < CONCENTRATED * top.exp2()) | (top.abs() > LARGE_LOGIT)
+        s, half = self.sums, self.sums["moved"] / 2
+        s["norm"] = (s["middle"].square() - half.square()).sqrt()
+        s["growth"] = 2 * torch.atanh(half / s["middle"])
+        s["top"] = torch.stack(tops).amax(0).double()
+        s["far"] = torch.stack(far).amax(0).double().sqrt() + s["growth"].abs()
+        s["n"] = torch.full_like(half, sum(x.shape[1] for _, x in self.held))
 
     def move(self) -> None:
-        """Turn the differences into d = (P_T - P_B) N and sum what needs no order; then, for PADS, into CDFs."""
-        sums, growth, most = self.sums, self.growth.float()[:, None], float(self.far.max()) ** 2
+        """Turn the differences into d = (P_T - P_B) N and sum what needs no order; then, for PAD, into CDFs."""
+        parts, growth, most = self._parts, self.sums["growth"].float()[:, None], float(self.sums["far"].max()) ** 2
         self.end = torch.zeros_like(growth)
         for weight, y in self.held:
             w, out, spare, g = self._scratch(y)
             torch.mul(y.sub_(growth), y, out=w)
-            if self.wanted & {"kl", "js"}:
-                torch.mul(weight, y, out=g)
-            if "kl" in self.wanted:
-                sums["odd"].append(torch.mul(_times(g, w, ODD, most, spare, out), w, out=out).sum(1))
-                sums["even"].append(torch.mul(_times(g, w, SINH, most, spare, out), y, out=out).sum(1))
-            if "js" in self.wanted:
-                sums["js"].append(torch.mul(_times(g, w, JS, most, spare, out), y, out=out).sum(1))
-            d = _times(y, w, SINH, most, spare, y).mul_(weight)
-            if "cosine" in self.wanted:
+            d = g if self.needed & {"even", "js"} else y
+            torch.mul(_times(y, w, SINH, most, spare, d), weight, out=d)
+            if "odd" in self.needed:
+                parts["odd"].append(_times(torch.mul(d, w, out=out), w, ODD, most, spare, out).sum(1))
+            self._dot("even", d, y, out)
+            if "js" in self.needed:
+                product = out if "even" in self.needed else torch.mul(d, y, out=out)
+                parts["js"].append(_times(product, w, JS, most, spare, out).sum(1))
+            if "cd" in self.needed:
                 cosh = _times(weight, w, COSH, most, spare, out)
                 for name, left, right in (("cc", cosh, cosh), ("cd", cosh, d), ("ddp", d, d)):
-                    sums[name].append(torch.mul(left, right, out=spare).sum(1))
-            if "pad_values" in self.wanted:
-                sums["values"].append(torch.abs(d, out=spare).sum(1))
-            if self.wanted & set(PADS):
+                    self._dot(name, left, right, spare)
+            if "values" in self.needed:
+                parts["values"].append(torch.abs(d, out=out).sum(1))
+            if "steps" in self.needed:
                 d[:, :1] += self.end
-                self.end = torch.cumsum(d, 1, out=d)[:, -1:].clone()  # sums in float64, and rounds what it stores
-        self._close()
+                self.end = torch.cumsum(d, 1, out=y)[:, -1:].clone()  # sums in float64, and rounds what it stores
+        if parts:
+            self._close()
 
     def step(self) -> None:
         """Sum the CDF differences. What rounding left at the last element, where they are 0, is taken off along the way."""
-        index = self.workers.counted(self.n, self.end.device).split([cdf.shape[1] for _, cdf in self.held])
+        n = sum(cdf.shape[1] for _, cdf in self.held)
+        index = self.workers.counted(n, self.end.device).split([cdf.shape[1] for _, cdf in self.held])
         for (_, cdf), numbers in zip(self.held, index, strict=True):
-            self.sums["steps"].append(cdf.addcmul_(numbers, self.end / -self.n).abs_().sum(1))
+            self._parts["steps"].append(cdf.addcmul_(numbers, self.end / -n).abs_().sum(1))
         self._close()
         self.sums["steps"] -= cdf[:, -1].double()  # the last CDF is 1 on both sides
-        shares = torch.cat([weight[:, ::max(1, self.n // SAMPLES)] for weight, _ in self.held], 1).cumsum(1)
+        shares = torch.cat([weight[:, ::max(1, n // SAMPLES)] for weight, _ in self.held], 1).cumsum(1)
         line = self.workers.counted(shares.shape[1], shares.device) / shares.shape[1]
-        self.bent = (shares / shares[:, -1:] - line).abs().amax(1)
+        self.sums["rest"] = ((shares / shares[:, -1:] - line).abs().amax(1) * self.end.squeeze(1).abs()).double()
 
-    def good(self) -> Tensor:
-        """Which heads the passes are enough for."""
-        s = self.sums
-        good = (self.far <= FAR) & ~self.concentrated & self.norm.isfinite()
-        for total in s.values():
-            good &= total.isfinite()
-        for name in s.keys() & {"even", "js", "ddp", "bb", "dd"}:
-            good &= s[name] / self.n > TINY
-        if "steps" in s:
-            good &= self.bent * self.end.squeeze(1).abs() <= RESIDUE / self.n * s["steps"]
-        for name, (a, ad, d) in (("cosine", ("cc", "cd", "ddp")), ("cosine_weights", ("bb", "bd", "dd"))):
-            if name in self.wanted:
-                good &= s[d] * s[a] - s[ad].square() >= CANCELLED * s[d] * s[a]
-        return good
 
-    def scores(self) -> dict[str, Tensor]:
-        s, norm = self.sums, self.norm
-        every = {
-            "pad_index": lambda: s["steps"] / norm,
-            "pad": lambda: s["steps"] / norm / max(self.n - 1, 1),
-            "pad_values": lambda: s["values"] / norm / self.n,
-            "kl": lambda: (s["even"] / 2 + s["odd"] / 12) / norm,
-            "js": lambda: s["js"] / 8 / norm,
-            # With c = G cosh(y/2), P_B and P_T are c - d/2 and c + d/2.
-            "cosine": lambda: cosine_distance(s["cc"] - s["cd"] + s["ddp"] / 4, s["cd"] - s["ddp"] / 2, s["ddp"]),
-            "cosine_weights": lambda: cosine_distance(s["bb"], s["bd"] * scale(self.tau), s["dd"] * scale(self.tau) ** 2),
-            "euclidean": lambda: s["dd"].sqrt(),
-            "relative": lambda: (s["dd"] / s["bb"]).sqrt() * LOG2E / self.tau,
-        }
-        return {name: every[name]() for name in self.wanted}
+def judged(s: Mapping[str, Tensor], wanted: Set[str], tau: float) -> tuple[dict[str, Tensor], Tensor]:
+    """The metrics of heads with these sums, float64 [heads]; and for which heads they hold, bool [heads].
+
+    Those are finite, not far from their base, not concentrated in few weights, no sum left to rounding.
+    """
+    norm, n = s["norm"], s["n"]
+    good = torch.stack(list(s.values())).isfinite().all(0) & (s["far"] <= FAR) & (s["top"].abs() <= LARGE_LOGIT)
+    good &= norm >= CONCENTRATED * s["top"].exp2()
+    for name in s.keys() & {"even", "js", "ddp", "bb", "dd"}:
+        good &= s[name] / n > TINY
+    if "rest" in s:
+        good &= s["rest"] <= RESIDUE / n * s["steps"]
+    for name, (a, ad, d) in (("cosine", ("cc", "cd", "ddp")), ("cosine_weights", ("bb", "bd", "dd"))):
+        if name in wanted:
+            good &= s[d] * s[a] - s[ad].square() >= CANCELLED * s[d] * s[a]
+    every = {
+        "pad_index": lambda: s["steps"] / norm,
+        "pad": lambda: s["steps"] / norm / (n - 1).clamp(min=1),
+        "pad_values": lambda: s["values"] / norm / n,
+        "kl": lambda: (s["even"] / 2 + s["odd"] / 12) / norm,
+        "js": lambda: s["js"] / 8 / norm,
+        # With c = G cosh(y/2), P_B and P_T are c - d/2 and c + d/2.
+        "cosine": lambda: cosine_distance(s["cc"] - s["cd"] + s["ddp"] / 4, s["cd"] - s["ddp"] / 2, s["ddp"]),
+        "cosine_weights": lambda: cosine_distance(s["bb"], s["bd"] * LOG2E, s["dd"] * LOG2E**2),
+        "euclidean": lambda: s["dd"].sqrt() * tau,
+        "relative": lambda: (s["dd"] / s["bb"]).sqrt() * LOG2E,
+    }
+    return {name: every[name]() for name in wanted}, good
 
 
 def _times(a: Tensor, w: Tensor, factors: Sequence[float], most: float, spare: Tensor, out: Tensor) -> Tensor:
     """a (1 + factors[0] w + factors[1] w^2 + ...) without the terms that are negligible up to w = `most`."""
-    kept = [k for k, factor in enumerate(factors, 1) if factor * most**k > NEGLIGIBLE]
+    kept = [k for k, factor in enumerate(factors, 1) if abs(factor) * most**k > NEGLIGIBLE]
     if not kept:
         return a
     first, *rest = factors[:kept[-1]]

@@ -7,8 +7,8 @@ the float64 definition that every other head goes to.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Sequence, Set
+from functools import partial, reduce
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .reference_near import ELEMENTS, cosine, near, scale
+from .reference_near import ELEMENTS, cosine, judged, near, scale
 from .workers import Workers, workers
 
 JOB = 2**19  # elements of the heads taken together
@@ -25,15 +25,15 @@ SERIES = 0.03  # |delta| below which x log x - x + 1 is a series, to 3e-11 relat
 
 
 def head_delta(layers: Sequence[Sequence[Any]], metrics: Sequence[str], *, temperature: float = 1.0,
-               first: int = 0) -> dict[str, Tensor]:
-    """See `ops.head_delta.head_delta`; errors count layers from `first`."""
-    return _scored(_Stored, layers, metrics, temperature, first)
+               numbers: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """See `ops.head_delta.head_delta`; errors call the layers by `numbers`."""
+    return _scored(_Stored, layers, metrics, temperature, numbers)
 
 
 def head_delta_projection(layers: Sequence[tuple[Any, Any, Any]], metrics: Sequence[str], *,
-                          temperature: float = 1.0, first: int = 0) -> dict[str, Tensor]:
-    """See `ops.head_delta.head_delta_projection`; errors count layers from `first`."""
-    return _scored(_Projected, layers, metrics, temperature, first)
+                          temperature: float = 1.0, numbers: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """See `ops.head_delta.head_delta_projection`; errors call the layers by `numbers`."""
+    return _scored(_Projected, layers, metrics, temperature, numbers)
 
 
 class Heads(Protocol):
@@ -43,6 +43,7 @@ class Heads(Protocol):
     size: int  # elements of a head
     dtype: torch.dtype  # float32 or float64: what the differences are exact in
     ordered: torch.dtype  # what the order of the elements is exact in
+    forms: Sequence[Callable[[], None]]  # to be called once before the heads are read
 
     def stretches(self, heads: Sequence[int], dtype: torch.dtype, workers: Workers,
                   factor: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -53,49 +54,57 @@ class Heads(Protocol):
 
 
 def _scored(kind: Callable[..., Heads], layers: Sequence[Sequence[Any]], metrics: Sequence[str], tau: float,
-            first: int) -> dict[str, Tensor]:
-    found = []
-    if layers:
-        with workers(layers[0][0].base.device) as at_work:
-            jobs = (job for i, layer in enumerate(layers, first) for job in _jobs(kind(layer, at_work), i, at_work.count))
-            found = list(at_work.spread(lambda job: _scores_of(*job, metrics, tau, at_work), jobs))
-    empty = torch.empty(0, dtype=torch.float64)
-    return {name: torch.cat([empty, *(each[name] for each in found)]) for name in metrics}
-
-
-def _jobs(heads: Heads, layer: int, workers: int) -> Iterator[tuple[Heads, range, int]]:
-    """Neighbouring heads for a worker, JOB elements or one head, as evenly many for each as can be."""
-    count = min(heads.count, workers * -(-heads.count * heads.size // (workers * JOB)))
-    ends = [heads.count * i // count for i in range(count + 1)]
-    yield from ((heads, range(a, b), layer) for a, b in pairwise(ends))
-
-
-def _scores_of(layer: Heads, heads: range, index: int, metrics: Sequence[str], tau: float,
-               workers: Workers) -> dict[str, Tensor]:
-    """Every metric of some heads: fast where that is exact enough, the others one by one in float64."""
+            numbers: Sequence[int] | None) -> dict[str, Tensor]:
+    """Every metric of all heads: fast where that is exact enough, the others one by one in float64."""
+    if not layers:
+        return {name: torch.empty(0, dtype=torch.float64) for name in metrics}
+    read = [kind(layer) for layer in layers]
+    heads = [(layer, h, number) for layer, number in zip(read, numbers or range(len(read)), strict=True) for h in range(layer.count)]
+    good = torch.tensor([layer.dtype == torch.float32 for layer, *_ in heads])
     scores = {name: torch.zeros(len(heads), dtype=torch.float64) for name in metrics}
-    good = torch.ones(len(heads), dtype=torch.bool)
-    summed, ordered = set(metrics) - {"pad_values"}, set(metrics) & {"pad_values"}
-    if layer.dtype == torch.float64:
-        good[:] = False
-    else:
-        for wanted in filter(None, (summed, ordered)):
-            if wanted is ordered:
-                base, delta = _sorted(*_whole(layer.stretches(heads, layer.ordered, workers)))
-                base, delta = base.mul_(scale(tau)).float(), delta.float()
-                stretches = zip(*(each.split(max(1, ELEMENTS // len(heads)), 1) for each in (base, delta)), strict=True)
-            else:
-                stretches = layer.stretches(heads, layer.dtype, workers, scale(tau))
-            values, held = near(stretches, wanted, tau, workers)
-            good &= held.cpu()
-            scores |= {name: value.cpu() for name, value in values.items()}
-    for i in (~good).nonzero().flatten().tolist():
-        base, delta = _whole(layer.stretches(heads[i:i + 1], torch.float64, workers))
-        if not (base.isfinite().all() and delta.isfinite().all()):
-            raise ValueError(f"head {heads[i]} of layer {index} of those given has NaN or Inf weights")
-        for name, value in exact(base, delta, metrics, tau).items():
-            scores[name][i] = value
+    with workers(layers[0][0].base.device) as at_work:
+        at_work.spread(lambda form: form(), [form for layer in read for form in layer.forms])
+        jobs, fast = [job for layer in read if layer.dtype == torch.float32 for job in _jobs(layer)], good.clone()
+        for wanted in filter(None, (set(metrics) - {"pad_values"}, set(metrics) & {"pad_values"})) if jobs else ():
+            sums = at_work.spread(partial(_sums, wanted, tau, at_work), jobs)
+            values, held = judged({name: torch.cat([each[name] for each in sums]) for name in sums[0]}, wanted, tau)
+            good[fast] &= held.cpu()
+            for name, value in values.items():
+                scores[name][fast] = value.cpu()
+        others = (~good).nonzero().flatten().tolist()
+        found = at_work.spread(lambda i: _exactly(*heads[i], metrics, tau, at_work), others)
+        for i, values in zip(others, found, strict=True):
+            for name, value in values.items():
+                scores[name][i] = value
     return scores
+
+
+def _jobs(layer: Heads) -> Iterator[tuple[Heads, range]]:
+    """Neighbouring heads, JOB elements or one head, as evenly many as can be; the same for any number of threads."""
+    count = min(layer.count, -(-layer.count * layer.size // JOB))
+    ends = [layer.count * i // count for i in range(count + 1)]
+    yield from ((layer, range(a, b)) for a, b in pairwise(ends))
+
+
+def _sums(wanted: Set[str], tau: float, workers: Workers, job: tuple[Heads, range]) -> dict[str, Tensor]:
+    layer, heads = job
+    if "pad_values" not in wanted:
+        return near(layer.stretches(heads, layer.dtype, workers, scale(tau)), wanted, tau, workers)
+    base, delta = _sorted(*_whole(layer.stretches(heads, layer.ordered, workers)))
+    pair = base.mul_(scale(tau)).float(), delta.float()
+    return near(zip(*(each.split(_width(*each.shape), 1) for each in pair), strict=True), wanted, tau, workers)
+
+
+def _exactly(layer: Heads, head: int, number: int, metrics: Sequence[str], tau: float, workers: Workers) -> dict[str, Tensor]:
+    base, delta = _whole(layer.stretches([head], torch.float64, workers))
+    if not (base.isfinite().all() and delta.isfinite().all()):
+        raise ValueError(f"head {head} of layer {number} of those given has NaN or Inf weights")
+    return exact(base, delta, metrics, tau)
+
+
+def _width(heads: int, size: int) -> int:
+    """Of equal stretches of at most ELEMENTS."""
+    return -(-size // -(-heads * size // ELEMENTS))
 
 
 def _whole(stretches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
@@ -113,7 +122,9 @@ def _sorted(base: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 class _Stored:
     """Heads whose elements are stored: their segments one after the other."""
 
-    def __init__(self, segments: Sequence[Any], _: Workers) -> None:
+    forms = ()
+
+    def __init__(self, segments: Sequence[Any]) -> None:
         self.segments, self.count = segments, len(segments[0].index)
         self.size = sum(s.base[0].numel() for s in segments)
         # Differences of float32 numbers this close are exact; only float64 weights need float64.
@@ -123,16 +134,18 @@ class _Stored:
     def stretches(self, heads: Sequence[int], dtype: torch.dtype, workers: Workers,
                   factor: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
         weight, delta = workers.scratch("heads", 2, len(heads), self.size, dtype=dtype, device=self.segments[0].base.device)
-        sides = [[_take(side, [s.index[h] for h in heads]).flatten(1) for side in (s.base, s.task)] for s in self.segments]
-        starts = [0, *accumulate(base.shape[1] for base, _ in sides)]
-        width = max(1, ELEMENTS // len(heads))
+        sides = [[_runs(side, [s.index[h] for h in heads]) for side in (s.base, s.task)] for s in self.segments]
+        starts = [0, *accumulate(s.base[0].numel() for s in self.segments)]
+        width = _width(len(heads), self.size)
         for at in range(0, self.size, width):
             end = min(at + width, self.size)
-            for start, (base, task) in zip(starts, sides, strict=False):
-                first, last = max(at, start), min(end, start + base.shape[1])
-                if first < last:
+            for start, stop, (bases, tasks) in zip(starts, starts[1:], sides, strict=False):
+                first, last = max(at, start), min(end, stop)
+                row = 0
+                for base, task in zip(bases, tasks, strict=True) if first < last else ():
+                    rows, row = slice(row, row + len(base)), row + len(base)
                     _load(base[:, first - start:last - start], task[:, first - start:last - start],
-                          weight[:, first:last], delta[:, first:last], factor)
+                          weight[rows, first:last], delta[rows, first:last], factor)
             yield weight[:, at:end], delta[:, at:end]
 
 
@@ -145,13 +158,23 @@ def _load(base: Tensor, task: Tensor, weight: Tensor, delta: Tensor, factor: flo
         weight.mul_(factor)
 
 
-def _take(blocks: Tensor, index: Sequence[int]) -> Tensor:
-    first, last = index[0], index[-1]
-    if list(index) == list(range(first, last + 1)):
-        return blocks[first:last + 1]
-    if len(set(index)) == 1:
-        return blocks[first:first + 1].expand(len(index), -1, -1)
-    return blocks[list(index)]
+def _runs(blocks: Tensor, index: Sequence[int]) -> list[Tensor]:
+    """The flattened blocks of `index` as views [heads, elements] of neighbours, or of one that several heads read."""
+    runs, at = [], 0
+    while at < len(index):
+        first, end = index[at], at + 1
+        step = index[end] - first if end < len(index) else 0
+        while end < len(index) and step in (0, 1) and index[end] - index[end - 1] == step:
+            end += 1
+        run = blocks[first:first + 1 + step * (end - at - 1)]
+        runs.append(run.flatten(1).expand(end - at, -1))
+        at = end
+    return runs
+
+
+def _taken(blocks: Tensor, index: Sequence[int]) -> Tensor:
+    runs = [run.view(-1, *blocks.shape[1:]) for run in _runs(blocks, index)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
 
 
 class _Projected:
@@ -160,14 +183,17 @@ class _Projected:
     M = k v^T, dM = dk v_T^T + k_B dv^T, M_T = M_B + dM;  dW = dq^T M_T + q_B^T dM.
     """
 
-    def __init__(self, layer: tuple[Any, Any, Any], workers: Workers) -> None:
+    def __init__(self, layer: tuple[Any, Any, Any]) -> None:
         self.q, self.k, self.v = layer
         self.count, self.size = len(self.q.index), self.q.base.shape[2] * self.v.base.shape[1]
         self.dtype = reduce(torch.promote_types, (side.dtype for s in layer for side in (s.base, s.task)), torch.float32)
         self.ordered = torch.float64
         self.pairs = list(zip(self.k.index, self.v.index, strict=True))
-        groups = list(dict.fromkeys(self.pairs))
-        self.products = dict(zip(groups, workers.spread(lambda pair: self._product(*pair, self.dtype), groups), strict=True))
+        self.products: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self.forms = [partial(self._form, pair) for pair in dict.fromkeys(self.pairs)]
+
+    def _form(self, pair: tuple[int, int]) -> None:
+        self.products[pair] = self._product(*pair, self.dtype)
 
     def _product(self, at_k: int, at_v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """M_B, M_T and dM of a group, [d_k, d_v]: sums over d, in float64 from stretch to stretch."""
@@ -182,17 +208,17 @@ class _Projected:
         products = [self.products[self.pairs[h]] if dtype == self.dtype else self._product(*self.pairs[h], dtype) for h in heads]
         m_base, m_task, m_delta = map(torch.stack, zip(*products, strict=True))
         index = [self.q.index[h] for h in heads]
-        q_base, q_task = (_take(side, index).to(dtype).mT for side in (self.q.base, self.q.task))  # [heads, d, d_k]
+        q_base, q_task = (_taken(side, index).to(dtype).mT for side in (self.q.base, self.q.task))  # [heads, d, d_k]
         base, delta = workers.scratch("heads", 2, len(heads), q_base.shape[1], m_base.shape[2], dtype=dtype, device=q_base.device)
         torch.bmm(q_base, m_base * factor, out=base)
         torch.baddbmm(torch.bmm(q_base, m_delta, out=delta), q_task - q_base, m_task, out=delta)
-        yield from zip(*(each.flatten(1).split(max(1, ELEMENTS // len(heads)), 1) for each in (base, delta)), strict=True)
+        yield from zip(*(each.flatten(1).split(_width(len(heads), self.size), 1) for each in (base, delta)), strict=True)
 
 
 def _folded(matrix: Tensor) -> Tensor:
-    """[rows, d] as [d / DEPTH, rows, DEPTH], zeros behind what is there."""
+    """[rows, d] as [d / depth, rows, depth], equal depths of at most DEPTH; zeros behind what is there."""
     rows, d = matrix.shape
-    depth = min(d, DEPTH)
+    depth = -(-d // -(-d // DEPTH))
     return pad(matrix, (0, -d % depth)).view(rows, -1, depth).transpose(0, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,12 +21,35 @@ class Workers:
     """`spread` maps a function over jobs; `scratch` is memory of the calling thread."""
 
     def __init__(self, pool: ThreadPoolExecutor | None, count: int) -> None:
-        self._pool, self.count, self._local = pool, count, local()
+        self._pool, self._count, self._local = pool, count, local()
 
-    def spread(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """The results in the order of the jobs; the first job that fails raises."""
-        work = torch.no_grad()(work)  # each thread has a switch of its own
-        return map(work, jobs) if self._pool is None else self._pool.map(work, jobs)
+    def spread(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
+        """The results in the order of the jobs; the first job that fails raises.
+
+        All jobs are there before any is begun, and the calling thread takes its share: one that only
+        handed them out would wait milliseconds for the interpreter's lock, and the others for it.
+        """
+        todo, done, failed = deque(enumerate(jobs)), {}, {}
+
+        @torch.no_grad()  # each thread has a switch of its own
+        def share() -> None:
+            while todo and not failed:
+                try:
+                    i, job = todo.popleft()
+                except IndexError:  # another thread was quicker
+                    return
+                try:
+                    done[i] = work(job)
+                except BaseException as error:
+                    failed[i] = error
+
+        others = [self._pool.submit(share) for _ in range(min(self._count, len(todo)) - 1)] if self._pool else []
+        share()
+        for other in others:
+            other.result()
+        if failed:
+            raise failed[min(failed)]
+        return [done[i] for i in range(len(done))]
 
     def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
         """Uninitialised memory, overwritten when this thread next asks for it by this name."""
@@ -56,7 +80,8 @@ def workers(device: torch.device) -> Iterator[Workers]:
         yield Workers(None, 1)
         return
     try:
-        with ThreadPoolExecutor(count, "score", torch.set_num_threads, (threads // count,)) as pool:
+        torch.set_num_threads(threads // count)
+        with ThreadPoolExecutor(count - 1, "score", torch.set_num_threads, (threads // count,)) as pool:
             yield Workers(pool, count)
     finally:
-        torch.set_num_threads(threads)  # threads that start later take over the last number that was set
+        torch.set_num_threads(threads)
