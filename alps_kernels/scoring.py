@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -198,6 +198,7 @@ def _open(base: Source, task: Source, config: Any) -> tuple[Weights, Weights]:
     return opened[0], opened[1]
 
 
+TOGETHER = 2**24  # elements: starting threads costs as much as a small layer, of which a model has dozens
 Plan = list[tuple[AttentionLayer, list[Piece]]]
 
 
@@ -207,16 +208,28 @@ def _params(plan: Plan) -> list[str]:
 
 
 def _batches(plan: Plan, reader: _Reader) -> list[Plan]:
-    """All layers at once where nothing needs to be moved and a kernel can take them, else one by one."""
-    return [plan] if plan and reader.at_once else [[entry] for entry in plan]
+    """Neighbouring layers of as many elements as the reader takes together, or one layer."""
+    batches, most, room = [], reader.together, -1.0
+    for entry in plan:
+        size = sum(math.prod(reader.base.layout.shapes[name]) for name in _params([entry]))
+        if size > room:
+            batches.append([])
+            room = most
+        batches[-1].append(entry)
+        room -= size
+    return batches
 
 
-def _bar(batches: list[Plan], progress: bool) -> Iterable[Plan]:
+def _bar(batches: list[Plan], progress: bool) -> Iterator[Plan]:
     if not progress:
-        return batches
+        yield from batches
+        return
     from tqdm import tqdm
 
-    return tqdm(batches, desc="scoring", unit="layer")
+    with tqdm(total=sum(map(len, batches)), desc="scoring", unit="layer") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
 
 
 class _Reader:
@@ -229,13 +242,15 @@ class _Reader:
         self._dtypes: dict[str, set[str]] = {"base": set(), "task": set()}
 
     @property
-    def at_once(self) -> bool:
-        """Both models are in memory and on the GPU that computes."""
+    def together(self) -> float:
+        """Elements of weights for one call: all that are on the GPU that computes, some where they need not be moved."""
         if not (self.base.in_memory and self.task.in_memory):
-            return False
+            return 0
         held = {tensor.device for weights in (self.base, self.task)
                 for tensor in weights.read(weights.layout.shapes).values()}
-        return len(held) == 1 and held <= ({self.device} if self.device else held) and next(iter(held)).type == "cuda"
+        if len(held | ({self.device} if self.device else held)) > 1:
+            return 0
+        return math.inf if held.pop().type == "cuda" else TOGETHER
 
     def segments(self, batch: Plan) -> list[tuple]:
         """The segments of every layer of the batch, on the device that computes."""

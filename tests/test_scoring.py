@@ -218,15 +218,19 @@ def test_temperature_counts_and_is_kept():
     assert scores[0, 3] == pytest.approx(expected, rel=1e-6) and scores.temperature == 0.5
 
 
-def test_all_layers_at_once_score_the_same(monkeypatch):
-    """What a GPU is given: the segments of every layer in one call."""
+def test_layers_together_score_the_same(monkeypatch):
+    """What a GPU is given is the segments of every layer in one call; the CPU is given some layers'."""
     from alps_kernels import scoring
 
-    base, task = llama(), moved(llama())
-    one_by_one = alps.score_heads(base, task, metric=METRICS, device="cpu")
-    monkeypatch.setattr(scoring._Reader, "at_once", True)
-    together = alps.score_heads(base, task, metric=METRICS)
-    assert all(torch.equal(together[name].tensor, one_by_one[name].tensor) for name in METRICS)
+    base, task, calls, found = llama(num_hidden_layers=3), moved(llama(num_hidden_layers=3)), [], []
+    real = scoring.head_delta_projection
+    monkeypatch.setattr(scoring, "head_delta_projection", lambda layers, *a, **k: calls.append(len(layers)) or real(layers, *a, **k))
+    of_a_layer = sum(getattr(base.model.layers[0].self_attn, name).weight.numel() for name in ("q_proj", "k_proj", "v_proj"))
+    for together in (0, 2 * of_a_layer, scoring.TOGETHER, math.inf):
+        monkeypatch.setattr(scoring, "TOGETHER", together)
+        found.append(alps.score_heads(base, task, metric=METRICS))
+    assert calls == [1, 1, 1, 2, 1, 3, 3]
+    assert all(torch.equal(found[0][name].tensor, other[name].tensor) for other in found[1:] for name in METRICS)
 
 
 @pytest.mark.gpu
