@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -220,16 +220,12 @@ def _batches(plan: Plan, reader: _Reader) -> list[Plan]:
     return batches
 
 
-def _bar(batches: list[Plan], progress: bool) -> Iterator[Plan]:
+def _bar(batches: list[Plan], progress: bool) -> Iterable[Plan]:
     if not progress:
-        yield from batches
-        return
+        return batches
     from tqdm import tqdm
 
-    with tqdm(total=sum(map(len, batches)), desc="scoring", unit="layer") as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
+    return tqdm(batches, desc="scoring", unit="part")
 
 
 class _Reader:

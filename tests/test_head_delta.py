@@ -1,5 +1,7 @@
 """What `head_delta` means: the reference against long doubles, the released definition, seeded faults."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,11 @@ def close(found, expected, tolerance=TOLERANCE, metrics=METRICS):
 @pytest.mark.parametrize("rows, cols", [(64, 576), (3 * 64, 576)])
 def test_every_metric_is_exact(rows, cols, dtype, delta):
     layer = [segment(2, rows, cols, dtype=dtype, delta=delta)]
+    close(head_delta([layer], METRICS), stored_oracle([layer]))
+
+
+def test_heads_that_share_matrices():
+    layer = [segment(5, 16, 40), segment(3, 16, 40, (0, 0, 1, 1, 2), seed=1), segment(4, 8, 40, (3, 0, 0, 2, 1), seed=2)]
     close(head_delta([layer], METRICS), stored_oracle([layer]))
 
 
@@ -233,6 +240,25 @@ def test_one_operator_gets_the_threads_of_few_workers(monkeypatch):
         torch.set_num_threads(threads)
 
 
+def test_the_first_job_that_fails_raises():
+    def work(i):
+        time.sleep(0.02 if i == 2 else 0)  # job 3 fails before it
+        if i in (2, 3):
+            raise ValueError(f"job {i}")
+        return i
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with workers.workers(torch.device("cpu")) as at_work:
+            assert at_work.spread(lambda i: i * i, range(50)) == [i * i for i in range(50)]
+            with pytest.raises(ValueError, match="job 2"):
+                at_work.spread(work, range(50))
+            assert at_work.spread(work, []) == []
+    finally:
+        torch.set_num_threads(threads)
+
+
 # -- faults planted in what the scores mean, each with the check that sees it -----------------
 
 def patched(check, *arguments):
@@ -246,6 +272,7 @@ kinds = lambda change, exactly: patched(test_changes_of_other_kinds, change, exa
 SHIFTED = [lambda: kinds(lambda b, e: b + 1e-3 + 1e-3 * e, False)]
 WIDE = [lambda: kinds(lambda b, e: b + 0.05 * e.clamp(-3, 3), False)]
 PROJECTED = [lambda: test_projection_is_exact(torch.float32, 1e-3)]
+SHARED = [test_heads_that_share_matrices]
 JOINED = [lambda: patched(test_stretches_of_columns_join)]
 FAULTS = {
     # the passes over heads that moved little
@@ -254,6 +281,7 @@ FAULTS = {
     "sinh by the series of cosh": (reference_near, "_times(y, w, SINH, most, spare, d)", "_times(y, w, COSH, most, spare, d)", WIDE),
     "a series stops at its first term": (reference_near, "factors[:kept[-1]]", "factors[:1]",
                                          [lambda: kinds(lambda b, e: b + 0.2 * e.sign(), False)]),
+    "the series of KL's odd part for JS": (reference_near, "product, w, JS", "product, w, ODD", WIDE),
     "KL without its odd part": (reference_near, '(s["even"] / 2 + s["odd"] / 12)', '(s["even"] / 2)', EXACT),
     "JS of KL": (reference_near, 's["js"] / 8', 's["js"] / 2', EXACT),
     "what rounding left stays": (reference_near, "self.end / -n", "self.end * 0", SHIFTED),
@@ -269,6 +297,8 @@ FAULTS = {
     # how heads are read
     "a segment is read from its start": (reference_scoring, "base[:, first - start:last - start], task",
                                          "base[:, :last - first], task", JOINED),
+    "a stored matrix of the first group for all": (reference_scoring, "blocks[i:i + 1].flatten", "blocks[:1].flatten", SHARED),
+    "one head of those that share a matrix": (reference_scoring, "expand(len([*same]), -1)", "expand(1, -1)", SHARED),
     "change of v is left out": (reference_scoring, " + k_base @ (v_task - v_base).mT", "", PROJECTED),
     "change of q meets the base's k and v": (reference_scoring, "q_task - q_base, m_task,", "q_task - q_base, m_base,", PROJECTED),
     "the first group for all": (reference_scoring, "self.products[self.pairs[h]]", "self.products[self.pairs[0]]", PROJECTED),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial, reduce
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -59,7 +59,8 @@ def _scored(kind: Callable[..., Heads], layers: Sequence[Sequence[Any]], metrics
     if not layers:
         return {name: torch.empty(0, dtype=torch.float64) for name in metrics}
     read = [kind(layer) for layer in layers]
-    heads = [(layer, h, number) for layer, number in zip(read, numbers or range(len(read)), strict=True) for h in range(layer.count)]
+    named = zip(read, numbers or range(len(read)), strict=True)
+    heads = [(layer, h, number) for layer, number in named for h in range(layer.count)]
     good = torch.tensor([layer.dtype == torch.float32 for layer, *_ in heads])
     scores = {name: torch.zeros(len(heads), dtype=torch.float64) for name in metrics}
     with workers(layers[0][0].base.device) as at_work:
@@ -72,18 +73,16 @@ def _scored(kind: Callable[..., Heads], layers: Sequence[Sequence[Any]], metrics
             for name, value in values.items():
                 scores[name][fast] = value.cpu()
         others = (~good).nonzero().flatten().tolist()
-        found = at_work.spread(lambda i: _exactly(*heads[i], metrics, tau, at_work), others)
-        for i, values in zip(others, found, strict=True):
+        for i, values in zip(others, at_work.spread(lambda i: _exactly(*heads[i], metrics, tau, at_work), others), strict=True):
             for name, value in values.items():
                 scores[name][i] = value
     return scores
 
 
-def _jobs(layer: Heads) -> Iterator[tuple[Heads, range]]:
+def _jobs(layer: Heads) -> list[tuple[Heads, range]]:
     """Neighbouring heads, JOB elements or one head, as evenly many as can be; the same for any number of threads."""
     count = min(layer.count, -(-layer.count * layer.size // JOB))
-    ends = [layer.count * i // count for i in range(count + 1)]
-    yield from ((layer, range(a, b)) for a, b in pairwise(ends))
+    return [(layer, range(a, b)) for a, b in pairwise(layer.count * i // count for i in range(count + 1))]
 
 
 def _sums(wanted: Set[str], tau: float, workers: Workers, job: tuple[Heads, range]) -> dict[str, Tensor]:
@@ -159,17 +158,10 @@ def _load(base: Tensor, task: Tensor, weight: Tensor, delta: Tensor, factor: flo
 
 
 def _runs(blocks: Tensor, index: Sequence[int]) -> list[Tensor]:
-    """The flattened blocks of `index` as views [heads, elements] of neighbours, or of one that several heads read."""
-    runs, at = [], 0
-    while at < len(index):
-        first, end = index[at], at + 1
-        step = index[end] - first if end < len(index) else 0
-        while end < len(index) and step in (0, 1) and index[end] - index[end - 1] == step:
-            end += 1
-        run = blocks[first:first + 1 + step * (end - at - 1)]
-        runs.append(run.flatten(1).expand(end - at, -1))
-        at = end
-    return runs
+    """The flattened blocks of `index` as views [heads, elements]: of neighbours, or of one that several heads read."""
+    if list(index) == list(range(index[0], index[0] + len(index))):
+        return [blocks[index[0]:index[0] + len(index)].flatten(1)]
+    return [blocks[i:i + 1].flatten(1).expand(len([*same]), -1) for i, same in groupby(index)]
 
 
 def _taken(blocks: Tensor, index: Sequence[int]) -> Tensor:

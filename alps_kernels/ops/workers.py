@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
@@ -23,33 +22,30 @@ class Workers:
     def __init__(self, pool: ThreadPoolExecutor | None, count: int) -> None:
         self._pool, self._count, self._local = pool, count, local()
 
-    def spread(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
+    def spread(self, work: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
         """The results in the order of the jobs; the first job that fails raises.
 
-        All jobs are there before any is begun, and the calling thread takes its share: one that only
-        handed them out would wait milliseconds for the interpreter's lock, and the others for it.
+        The calling thread takes its share: one that only handed jobs out would wait milliseconds for the
+        interpreter's lock, and the others for it.
         """
-        todo, done, failed = deque(enumerate(jobs)), {}, {}
+        todo, done, failed = iter([*enumerate(jobs)]), {}, {}
 
         @torch.no_grad()  # each thread has a switch of its own
-        def share() -> None:
-            while todo and not failed:
-                try:
-                    i, job = todo.popleft()
-                except IndexError:  # another thread was quicker
-                    return
+        def share(_: Any = None) -> None:
+            for i, job in todo:
                 try:
                     done[i] = work(job)
                 except BaseException as error:
                     failed[i] = error
+                if failed:
+                    return
 
-        others = [self._pool.submit(share) for _ in range(min(self._count, len(todo)) - 1)] if self._pool else []
+        others = self._pool.map(share, range(min(self._count, len(jobs)) - 1)) if self._pool else ()
         share()
-        for other in others:
-            other.result()
+        list(others)
         if failed:
             raise failed[min(failed)]
-        return [done[i] for i in range(len(done))]
+        return [done[i] for i in range(len(jobs))]
 
     def scratch(self, name: str, *shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
         """Uninitialised memory, overwritten when this thread next asks for it by this name."""
