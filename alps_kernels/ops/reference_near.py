@@ -57,7 +57,8 @@ def near(stretches: Iterable[tuple[Tensor, Tensor]], wanted: Set[str], tau: floa
     """
     passes = _Passes(set().union(*(SUMS[name] for name in wanted)), tau, workers)
     passes.weigh(stretches)
-    passes.move()
+    if passes.needed - {"bb", "bd", "dd"}:
+        passes.move()
     if "steps" in passes.needed:
         passes.step()
     return passes.sums
@@ -143,8 +144,7 @@ class _Passes:
             if "steps" in self.needed:
                 d[:, :1] += self.end
                 self.end = torch.cumsum(d, 1, out=y)[:, -1:].clone()  # sums in float64, and rounds what it stores
-        if parts:
-            self._close()
+        self._close()
 
     def step(self) -> None:
         """Sum the CDF differences. What rounding left at the last element, where they are 0, is taken off along the way."""
