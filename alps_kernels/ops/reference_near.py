@@ -144,7 +144,8 @@ class _Passes:
             if "steps" in self.needed:
                 d[:, :1] += self.end
                 self.end = torch.cumsum(d, 1, out=y)[:, -1:].clone()  # sums in float64, and rounds what it stores
-        self._close()
+        if parts:  # PAD alone sums nothing here
+            self._close()
 
     def step(self) -> None:
         """Sum the CDF differences. What rounding left at the last element, where they are 0, is taken off along the way."""
