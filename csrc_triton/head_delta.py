@@ -1,223 +1,216 @@
-"""Per-head statistics and the PAD scan over a base and a task model."""
+"""Per-head statistics and the PAD scan over a base and a task model.
+
+The issue of instructions must not bound what memory can bring. So a program is one warp that goes through
+its tile in chunks: each lane takes 8 or 16 neighbours at a time, and 64 elements before anything crosses lanes.
+"""
 
 import triton
 import triton.language as tl
 
-from .numerics import LOG2E, divergences, expm1
+from .delta_sums import (
+    SCAN_FIELDS, STAT_FIELDS, add_products, bound, halves, last_of_8, lengths, load_start, step, store_scan, store_stats,
+    sum_all,
+)
+from .numerics import LOG2E, TAYLOR, expm1_less
 
-# Columns of the tables that the host fills; `alps_kernels.ops.delta_tables` names them.
 TILE_FIELDS = tl.constexpr(5)
 SEGMENT_FIELDS = tl.constexpr(8)
-STAT_FIELDS = tl.constexpr(8)
-SCAN_FIELDS = tl.constexpr(8)
-HEAD_FIELDS = tl.constexpr(4)
 
 
 @triton.jit
-def _load_pair(
-    row, segments_ptr, BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """The base's elements of a tile and their change, float32 [BLOCK], how many there are, and the tile's slot."""
-    segment = segments_ptr + tl.load(row) * SEGMENT_FIELDS
-    start = tl.load(row + 1)
-    count = tl.load(row + 2)
-    slot = tl.load(row + 3)
-    base = tl.load(segment).to(tl.pointer_type(BASE))
-    task = tl.load(segment + 1).to(tl.pointer_type(TASK))
-    offs = tl.arange(0, BLOCK)
-    if FLAT:  # contiguous, 16-byte aligned, every length a multiple of 16 elements
-        base, task = tl.multiple_of(base, 16), tl.multiple_of(task, 16)
-        start, count = tl.multiple_of(start, 16), tl.multiple_of(count, 16)
-        offs_base = start + offs
-        offs_task = start + offs
+def _places(row, segments_ptr, FLAT: tl.constexpr):
+    """Where `_read` finds a tile in both models."""
+    if FLAT:
+        return (tl.load(row), 0, 0, 0, 0, 0), (tl.load(row + 1), 0, 0, 0, 0, 0)
     else:
-        cols = tl.load(segment + 2)
-        i = start + offs
-        r, c = i // cols, i % cols
-        offs_base = r * tl.load(segment + 3) + c * tl.load(segment + 4)
-        offs_task = r * tl.load(segment + 5) + c * tl.load(segment + 6)
-    if FULL:  # BLOCK elements
-        b = tl.load(base + offs_base).to(tl.float32)
-        t = tl.load(task + offs_task).to(tl.float32)
+        segment = segments_ptr + tl.load(row) * SEGMENT_FIELDS
+        start, cols = tl.load(row + 1), tl.load(segment + 2)
+        at, col, width = start // cols, (start % cols).to(tl.int32), cols.to(tl.int32)
+        return ((tl.load(segment), at, col, width, tl.load(segment + 3), tl.load(segment + 4)),
+                (tl.load(segment + 1), at, col, width, tl.load(segment + 5), tl.load(segment + 6)))
+
+
+@triton.jit
+def _count(row, FLAT: tl.constexpr):
+    """How many elements a tile has."""
+    count = tl.load(row + 3).to(tl.int32)
+    return tl.multiple_of(count, 16) if FLAT else count
+
+
+@triton.jit
+def _read(place, first, there, DTYPE: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr):
+    """8 elements of a tile from each of `first` on, float32 [n, 8]; zeros beyond its `there`.
+
+    `place`: the address of the tile's first element if FLAT (contiguous, 16-byte aligned, every length a
+    multiple of 16 elements), else of the matrix, and the tile's first row and column, the matrix's columns
+    and its strides.
+    """
+    n: tl.constexpr = first.shape[0]
+    address, row, col, cols, stride_row, stride_col = place
+    if FLAT and DTYPE == tl.bfloat16:  # two of them in a word: one instruction each makes them float32
+        words = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+        offs = first[:, None] // 2 + tl.arange(0, 4)[None, :]
+        if FULL:
+            pair = tl.load(words + offs)
+        else:
+            pair = tl.load(words + offs, mask=offs < there // 2, other=0)
+        even, odd = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(even, odd), (n, 8))
     else:
-        b = tl.load(base + offs_base, mask=offs < count, other=0.0).to(tl.float32)
-        t = tl.load(task + offs_task, mask=offs < count, other=0.0).to(tl.float32)
-    return b, t - b, count, slot
+        offs = first[:, None] + tl.arange(0, 8)[None, :]
+        pointer = address.to(tl.pointer_type(DTYPE))
+        if FLAT:
+            pointer = tl.multiple_of(pointer, 16) + offs
+        else:
+            at = col + offs
+            pointer += (row + at // cols) * stride_row + (at % cols) * stride_col
+        if FULL:
+            return tl.load(pointer).to(tl.float32)
+        else:
+            return tl.load(pointer, mask=offs < there, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_stats(b, d, mask, slot, inv_tau, stats_ptr, FULL: tl.constexpr):
-    """One tile's maximum, its sums of e and e u relative to that maximum, and of d d, b b, b d."""
-    logit = b * (inv_tau * LOG2E)
-    if not FULL:
-        logit = tl.where(mask, logit, float("-inf"))
-    top = tl.max(logit, axis=0)
-    e = tl.exp2(logit - top)
-    x = d * inv_tau
-    largest = tl.max(tl.abs(x), axis=0)
-    out = stats_ptr + slot * STAT_FIELDS
-    tl.store(out, top)
-    tl.store(out + 1, tl.sum(e, axis=0))
-    tl.store(out + 2, tl.sum(e * expm1(x, largest), axis=0))
-    tl.store(out + 3, tl.sum(d * d, axis=0))
-    tl.store(out + 4, tl.sum(b * b, axis=0))
-    tl.store(out + 5, tl.sum(b * d, axis=0))
-    tl.store(out + 6, largest)
-
-
-@triton.jit
-def _store_scan(
-    b, d, mask, slot, counted, head, inv_tau, heads_ptr, carry_ptr, stats_ptr, scans_ptr, EXTRA: tl.constexpr, FULL: tl.constexpr,
+def _moved_far(
+    base, task, there, inv_tau,
+    BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):
-    """One tile's sum of abs(CDF difference) times Z_T, and with EXTRA the sums behind KL, JS and cosine."""
-    largest = tl.load(stats_ptr + slot * STAT_FIELDS + 6)  # of pass A: no reduction before the branch
-    table = heads_ptr + head * HEAD_FIELDS
-    top, r, inv_growth = tl.load(table), tl.load(table + 1), tl.load(table + 2)
-    e = tl.exp2(tl.fma(b, inv_tau * LOG2E, -top))
-    if not FULL:
-        e = tl.where(mask, e, 0.0)
-    moved = expm1(d * inv_tau, largest) - r
-    change = e * moved
-    steps = tl.abs(tl.cumsum(change, axis=0) + tl.load(carry_ptr + slot))
-    if not FULL:
-        steps = tl.where(counted, steps, 0.0)
-    out = scans_ptr + slot * SCAN_FIELDS
-    tl.store(out, tl.sum(steps, axis=0))
-    if EXTRA:
-        # P_T / P_B = exp(x) / (1 + r), and r is a mean of the head's expm1(x)
-        kl, js = divergences(e, moved * inv_growth, tl.maximum(largest, tl.abs(r)))
-        tl.store(out + 1, tl.sum(kl, axis=0))
-        tl.store(out + 2, tl.sum(js, axis=0))
-        tl.store(out + 3, tl.sum(e * e, axis=0))
-        tl.store(out + 4, tl.sum(e * change, axis=0))
-        tl.store(out + 5, tl.sum(change * change, axis=0))
+    """A tile's sum of e u and its largest abs(x), read once more: the short series does not hold in it."""
+    moved, farthest = tl.zeros((LANES, 4), tl.float32), tl.zeros((LANES, 8), tl.float32)
+    for chunk in tl.range(0, BLOCK, LANES * 8):
+        first = chunk + tl.arange(0, LANES) * 8
+        b = _read(base, first, there, BASE, FLAT, FULL)
+        d = _read(task, first, there, TASK, FLAT, FULL) - b
+        # where nothing is, d = 0 adds nothing
+        moved = add_products(moved, tl.exp2(b * (inv_tau * LOG2E)), expm1_less(d, 0.0, inv_tau, True))
+        farthest = tl.maximum(farthest, tl.abs(d))
+    return sum_all(moved), tl.max(tl.ravel(farthest), axis=0) * inv_tau
 
 
 @triton.jit
 def head_delta_stats_kernel(
     tiles_ptr, segments_ptr, stats_ptr, inv_tau,
-    BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
+    BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, NORMS: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):
     """Pass A: statistics of every tile of every head, from one read of both models.
 
-    Program w owns tile w of the work list: BLOCK elements of one segment of one head.
+    Program w owns tile w of the work list: BLOCK elements of one segment of one head, LANES * 8 at a time.
 
-        top = max b log2(e) / tau;  e = exp(b / tau) / 2^top;  u = expm1((t - b) / tau)
-        sums of e, e u, (t - b)^2, b^2, b (t - b);  max abs((t - b) / tau)
+        e = exp(b / tau);  u = expm1((t - b) / tau)
+        sums of e, e u, (t - b)^2, with NORMS of b^2 and b (t - b)
+        bounds of e and of abs((t - b) / tau): partial sums of e, roots of partial sums of (t - b)^2
+
+    Every change is taken for a small one. A tile where the second bound says otherwise is read again, and
+    has its largest abs((t - b) / tau) itself for bound.
 
     Shapes     tiles [n_tiles, 5], segments [n, 8] int64; stats [n_slots, 8] float32
     Dtypes     weights fp32/fp16/bf16; arithmetic and sums fp32, at most BLOCK terms each
-    Scalars    inv_tau = 1 / tau
-    Untouched  slots without a tile keep what the host wrote: -inf and zeros
+    Scalars    inv_tau = 1 / tau; FLAT, the tiles have addresses, else segments; FULL, each has BLOCK elements
+    Untouched  slots without a tile stay zero
     Bytes      one read of each weight: 4 per pair of bf16 weights, 8 of fp32
     """
     row = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
-    b, d, count, slot = _load_pair(row, segments_ptr, BASE, TASK, FLAT, FULL, BLOCK)
-    _store_stats(b, d, tl.arange(0, BLOCK) < count, slot, inv_tau, stats_ptr, FULL)
+    base, task = _places(row, segments_ptr, FLAT)
+    there = _count(row, FLAT)
+    e_sum = tl.zeros((LANES, 4), tl.float32)
+    moved, dd, bb, bd = e_sum, e_sum, e_sum, e_sum
+    for chunk in tl.static_range(0, BLOCK, LANES * 8):
+        first = chunk + tl.arange(0, LANES) * 8
+        b = _read(base, first, there, BASE, FLAT, FULL)
+        t = _read(task, first, there, TASK, FLAT, FULL)
+        bs, ts = halves(b), halves(t)
+        for half in tl.static_range(2):
+            b = bs[half]
+            d = ts[half] - b
+            e = tl.exp2(b * (inv_tau * LOG2E))
+            if not FULL:
+                e = tl.where(first[:, None] + tl.arange(0, 4)[None, :] * 2 + half < there, e, 0.0)
+            e_sum += e
+            moved = tl.fma(e, expm1_less(d, 0.0, inv_tau, False), moved)
+            dd = tl.fma(d, d, dd)
+            if NORMS:
+                bb, bd = tl.fma(b, b, bb), tl.fma(b, d, bd)
+    out = stats_ptr + tl.load(row + 2) * STAT_FIELDS
+    store_stats(out, e_sum, dd, bb, bd, NORMS)  # ahead of the branch: else the sums are formed behind it, from what they sum
+    moves, farthest = sum_all(moved), bound(dd, inv_tau)
+    if farthest > TAYLOR:
+        moves, farthest = _moved_far(base, task, there, inv_tau, BASE, TASK, FLAT, FULL, BLOCK, LANES)
+    tl.store(out + 1, moves)
+    tl.store(out + 6, farthest)
+
+
+@triton.jit
+def _scan_chunk(
+    chunk, state, base, task, there, counted, start, inv_tau, BASE: tl.constexpr, TASK: tl.constexpr,
+    FLAT: tl.constexpr, FULL: tl.constexpr, EXTRA: tl.constexpr, EXACT: tl.constexpr, LANES: tl.constexpr,
+):
+    """16 neighbours of each lane, whose 32 bytes are one sector of memory: carry, steps and sums behind them."""
+    carry, steps, sums = state
+    eight = tl.arange(0, 8)[None, :]
+    left = chunk + tl.arange(0, LANES) * 16
+    right = left + 8
+    b = _read(base, left, there, BASE, FLAT, FULL)
+    d = _read(task, left, there, TASK, FLAT, FULL) - b
+    inside, sums = step(b, d, left[:, None] + eight < there, start, inv_tau, sums, FULL, EXTRA, EXACT)
+    b = _read(base, right, there, BASE, FLAT, FULL)
+    d = _read(task, right, there, TASK, FLAT, FULL) - b
+    beyond, sums = step(b, d, right[:, None] + eight < there, start, inv_tau, sums, FULL, EXTRA, EXACT)
+    half = last_of_8(inside)
+    whole = half + last_of_8(beyond)
+    before = carry + (tl.cumsum(whole, axis=0) - whole)
+    steps += lengths(inside, before, left[:, None] + eight < counted, FULL)
+    steps += lengths(beyond, before + half, right[:, None] + eight < counted, FULL)
+    return carry + tl.sum(whole, axis=0), steps, sums
+
+
+@triton.jit
+def _scan_tile(
+    base, task, there, counted, start, inv_tau, out, BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr,
+    FULL: tl.constexpr, EXTRA: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):
+    none = tl.zeros((LANES, 4), tl.float32)
+    state = (start[0], tl.zeros((LANES,), tl.float32), (none, none, none, none, none, none))
+    if EXACT:
+        for chunk in tl.range(0, BLOCK, LANES * 16):
+            state = _scan_chunk(chunk, state, base, task, there, counted, start, inv_tau, BASE, TASK, FLAT, FULL, EXTRA, EXACT, LANES)
+    else:
+        for chunk in tl.static_range(0, BLOCK, LANES * 16):
+            state = _scan_chunk(chunk, state, base, task, there, counted, start, inv_tau, BASE, TASK, FLAT, FULL, EXTRA, EXACT, LANES)
+    _, steps, sums = state
+    store_scan(out, steps, sums, start[3], EXTRA, EXACT)
 
 
 @triton.jit
 def head_delta_scan_kernel(
-    tiles_ptr, segments_ptr, heads_ptr, carry_ptr, stats_ptr, scans_ptr, inv_tau,
+    tiles_ptr, segments_ptr, starts_ptr, scans_ptr, inv_tau,
     BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, EXTRA: tl.constexpr,
-    BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):
     """Pass B: the distribution functions' difference, tile by tile from carries of pass A.
 
     Program w owns tile n - 1 - w of the n of the work list: what pass A read last is still in L2.
 
-        change_i = e_i (u_i - r) = (P_T - P_B)_i Z_T;  cdf_i = carry + sum_{j <= i} change_j
-        sum of abs(cdf_i), the head's last element left out
+        e = exp(b / tau) / 2^shift;  change_i = e_i (u_i - r) = (P_T - P_B)_i Z_T
+        cdf_i = carry + sum_{j <= i} change_j;  sum of abs(cdf_i)
+        EXTRA: KL, JS and cosine from sums of e m^2, e m^3, e m^4 (m = u - r), e^2, e change, change^2
 
-    Shapes     heads [n_heads, 4] (top, r, 1 / (1 + r)) float32; carry [n_slots], stats [n_slots, 8] float32;
-               scans [n_slots, 8] float32; SLOTS slots a head
+    The head's last element, where both CDFs are 1, is left out; in a FULL tile it stays, for it is 0 but for
+    rounding and one of many.
+
+    Shapes     starts [n_slots, 5] float32: carry, shift, r, 1 / (1 + r), a bound of abs(x) + abs(r);
+               scans [n_slots, 8] float32
     Dtypes     weights fp32/fp16/bf16; arithmetic fp32; carries come from float64 sums
-    Scalars    inv_tau = 1 / tau
+    Scalars    inv_tau = 1 / tau; FLAT and FULL as in pass A
     Untouched  slots without a tile stay zero
     Bytes      a second read of each weight: 4 per pair of bf16 weights, 8 of fp32
     """
     row = tiles_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * TILE_FIELDS
-    b, d, count, slot = _load_pair(row, segments_ptr, BASE, TASK, FLAT, FULL, BLOCK)
-    offs = tl.arange(0, BLOCK)
-    counted = offs < count - tl.load(row + 4)  # all but a head's last element, where both CDFs are 1
-    _store_scan(b, d, offs < count, slot, counted, slot // SLOTS, inv_tau,
-                heads_ptr, carry_ptr, stats_ptr, scans_ptr, EXTRA, FULL)
-
-
-@triton.jit
-def _form_projection(
-    heads_ptr, mb_ptr, mt_ptr, md_ptr, d_model, stride_qb, stride_qt, SLOTS: tl.constexpr,
-    BASE: tl.constexpr, TASK: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
-    V_PAD: tl.constexpr, ROWS: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """ROWS rows of W_h = q^T M and of its change dq^T M_T + q^T dM, row-major [ROWS * V_PAD]."""
-    head, tile = tl.program_id(0), tl.program_id(1)
-    entry = heads_ptr + head.to(tl.int64) * 3
-    qb_ptr = tl.load(entry).to(tl.pointer_type(BASE))
-    qt_ptr = tl.load(entry + 1).to(tl.pointer_type(TASK))
-    group = tl.load(entry + 2)
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    vs = tl.arange(0, V_PAD)
-    w = tl.zeros((ROWS, V_PAD), dtype=tl.float32)
-    dw = tl.zeros((ROWS, V_PAD), dtype=tl.float32)
-    for k in range(0, D_K, K_BLOCK):
-        ks = (k + tl.arange(0, K_BLOCK))[:, None]
-        in_q = (ks < D_K) & (rows[None, :] < d_model)
-        qb = tl.load(qb_ptr + ks.to(tl.int64) * stride_qb + rows[None, :], mask=in_q, other=0.0).to(tl.float32)
-        qt = tl.load(qt_ptr + ks.to(tl.int64) * stride_qt + rows[None, :], mask=in_q, other=0.0).to(tl.float32)
-        offs_m = group * (D_K * D_V) + ks * D_V + vs[None, :]
-        in_m = (ks < D_K) & (vs[None, :] < D_V)
-        mb = tl.load(mb_ptr + offs_m, mask=in_m, other=0.0)
-        mt = tl.load(mt_ptr + offs_m, mask=in_m, other=0.0)
-        md = tl.load(md_ptr + offs_m, mask=in_m, other=0.0)
-        qb_rows = tl.trans(qb)
-        w = tl.dot(qb_rows, mb, acc=w, input_precision=PRECISION)
-        dw = tl.dot(tl.trans(qt - qb), mt, acc=dw, input_precision=PRECISION)
-        dw = tl.dot(qb_rows, md, acc=dw, input_precision=PRECISION)
-    mask = (rows[:, None] < d_model) & (vs[None, :] < D_V)
-    counted = mask & ((rows[:, None] != d_model - 1) | (vs[None, :] != D_V - 1))
-    n: tl.constexpr = ROWS * V_PAD
-    slot = head.to(tl.int64) * SLOTS + tile
-    return tl.reshape(w, (n,)), tl.reshape(dw, (n,)), tl.reshape(mask, (n,)), tl.reshape(counted, (n,)), slot, head
-
-
-@triton.jit
-def projection_stats_kernel(
-    heads_ptr, mb_ptr, mt_ptr, md_ptr, stats_ptr, d_model, stride_qb, stride_qt, inv_tau,
-    BASE: tl.constexpr, TASK: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
-    V_PAD: tl.constexpr, ROWS: tl.constexpr, K_BLOCK: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """Pass A over W_h = q_h^T k_g v_g^T, formed in registers and never stored.
-
-    Program (h, i) owns rows [i ROWS, (i + 1) ROWS) of head h's W, [d_model, D_V].
-
-        W = q_B^T M_B;  dW = (q_T - q_B)^T M_T + q_B^T dM     (a difference of products is never taken)
-
-    Shapes     q [D_K, d_model] with a row stride per model; M_B, M_T, dM [groups, D_K, D_V];
-               heads [n_heads, 3] int64: addresses of q_B and q_T, group; stats [n_slots, 8]
-    Dtypes     q fp32/fp16/bf16; M fp32 rounded from fp64; products accumulate in fp32
-    Scalars    inv_tau = 1 / tau
-    Untouched  slots without a tile
-    Bytes      one read of q of both models, of M once per program from L2
-    """
-    w, dw, mask, _, slot, _ = _form_projection(
-        heads_ptr, mb_ptr, mt_ptr, md_ptr, d_model, stride_qb, stride_qt, SLOTS,
-        BASE, TASK, D_K, D_V, V_PAD, ROWS, K_BLOCK, PRECISION)
-    _store_stats(w, dw, mask, slot, inv_tau, stats_ptr, False)
-
-
-@triton.jit
-def projection_scan_kernel(
-    heads_ptr, mb_ptr, mt_ptr, md_ptr, table_ptr, carry_ptr, stats_ptr, scans_ptr, d_model, stride_qb, stride_qt, inv_tau,
-    BASE: tl.constexpr, TASK: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
-    V_PAD: tl.constexpr, ROWS: tl.constexpr, K_BLOCK: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr, EXTRA: tl.constexpr,
-):
-    """Pass B over W_h: as `head_delta_scan_kernel`, on the tiles of `projection_stats_kernel`.
-
-    Shapes     table [n_heads, 4], carry [n_slots], stats and scans [n_slots, 8] float32
-    Bytes      a second read of q of both models
-    """
-    w, dw, mask, counted, slot, head = _form_projection(
-        heads_ptr, mb_ptr, mt_ptr, md_ptr, d_model, stride_qb, stride_qt, SLOTS,
-        BASE, TASK, D_K, D_V, V_PAD, ROWS, K_BLOCK, PRECISION)
-    _store_scan(w, dw, mask, slot, counted, head, inv_tau, table_ptr, carry_ptr, stats_ptr, scans_ptr, EXTRA, False)
+    base, task = _places(row, segments_ptr, FLAT)
+    slot, there = tl.load(row + 2), _count(row, FLAT)
+    counted = there - tl.load(row + 4).to(tl.int32)
+    start, out = load_start(starts_ptr, slot), scans_ptr + slot * SCAN_FIELDS
+    if start[4] <= TAYLOR:
+        _scan_tile(base, task, there, counted, start, inv_tau, out, BASE, TASK, FLAT, FULL, EXTRA, False, BLOCK, LANES)
+    else:
+        _scan_tile(base, task, there, counted, start, inv_tau, out, BASE, TASK, FLAT, FULL, EXTRA, True, BLOCK, LANES)

@@ -154,34 +154,44 @@ def _largest_of_64(root, CODES: tl.constexpr):
 
 # -- scoring: small differences of exponentials ----------------------------------------------
 
-TAYLOR = tl.constexpr(0.015625)  # below it four terms of expm1 are exact to 5e-10 relative
+TAYLOR = tl.constexpr(0.015625)  # the short series below hold up to it
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def expm1(x, largest):
-    """exp(x) - 1 in float32 without cancellation, to 3e-7 relative.
+def expm1_less(d, r, inv_tau, EXACT: tl.constexpr):
+    """exp(d inv_tau) - 1 - r in float32 without cancellation, to 3e-7 of the larger of both.
 
-    `largest`, a scalar that bounds abs(x), picks the branch: all threads of a program take the same.
+    Not EXACT, abs(d inv_tau) must be at most TAYLOR: x + c x^2 + x^3 / 6, where c - 1/2 is what x^4 / 24
+    has of x^2 there (its Chebyshev polynomial), to 4e-8 relative.
     """
-    if largest <= TAYLOR:
-        return x * tl.fma(x, tl.fma(x, tl.fma(x, 0.041666668, 0.16666667), 0.5), 1.0)
+    if not EXACT:
+        square, cube = inv_tau * inv_tau * 0.50000763, inv_tau * inv_tau * inv_tau * 0.16666667
+        return tl.fma(d, tl.fma(d, tl.fma(d, cube, square), inv_tau), -r)
+    x = d * inv_tau
     series = 2.7557319e-6 + x * 2.7557319e-7
     series = 1.9841270e-4 + x * (2.4801587e-5 + x * series)
     series = 8.3333333e-3 + x * (1.3888889e-3 + x * series)
     series = 0.16666667 + x * (4.1666668e-2 + x * series)
     series = x * (1.0 + x * (0.5 + x * series))
-    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0) - r
 
 
 @triton.jit
-def divergences(p, d, largest):
-    """The terms of KL and Jensen-Shannon between p and (1 + d) p; `largest` as in `expm1`, of log(1 + d) / 2."""
-    if largest <= TAYLOR:  # four terms of each series, exact to 2e-7 relative at d = 1/32
-        square = p * d * d
-        kl = tl.fma(d, tl.fma(d, tl.fma(d, -0.05, 0.083333333), -0.16666667), 0.5)
-        js = tl.fma(d, tl.fma(d, tl.fma(d, -0.0234375, 0.036458333), -0.0625), 0.125)
-        return square * kl, square * js
+def divergences(m2, m3, m4, growth):
+    """KL and Jensen-Shannon from the sums of p m^2, p m^3 and p m^4 where d = m growth is at most TAYLOR.
+
+    Their series' fifth powers go into the third as what d^3 has of d there: to 2e-7 relative.
+    """
+    m3, m4 = m3 * growth, m4 * growth * growth
+    kl = tl.fma(m4, 0.083333333, tl.fma(m3, -0.16667582, m2 * 0.5))
+    js = tl.fma(m4, 0.036458333, tl.fma(m3, -0.062504292, m2 * 0.125))
+    return kl * growth * growth, js * growth * growth
+
+
+@triton.jit
+def exact_divergences(p, d):
+    """The terms of KL and Jensen-Shannon between p and (1 + d) p."""
     whole = surprise(d)
     return p * whole, p * (0.5 * whole - surprise(0.5 * d))
 

@@ -72,5 +72,5 @@ def plant_kernel(monkeypatch, folder, file: str, *edits: tuple[str, str], kernel
     monkeypatch.setitem(sys.modules, name, root)
     spec.loader.exec_module(root)
     module = importlib.import_module(f"{name}.{kernels}")
-    launcher = {"head_adamw": head_adamw, "head_delta": delta_tables}[kernels]
+    launcher = {"head_adamw": head_adamw, "head_delta": delta_tables, "head_projection": delta_tables}[kernels]
     monkeypatch.setattr(launcher, "device_code", lambda leaf: module if leaf == kernels else ops.device_code(leaf))

@@ -78,25 +78,45 @@ def count(built, opcode: str) -> int:
     return len(re.findall(rf"\b{re.escape(opcode)}\b", sass(built)))
 
 
-def fast_path(built) -> int:
-    """Instructions of the shortest way from entry to exit: what a thread runs where every branch is the cheap one."""
-    code = [(int(at, 16), predicate, op, operands) for at, predicate, op, operands in re.findall(
-        r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", sass(built))]
-    place = {at: i for i, (at, *_) in enumerate(code)}
-    reached, count = {0}, 0
-    while reached:
-        count += 1
-        after = set()
-        for i in reached:
-            _, predicate, op, operands = code[i]
-            if op == "EXIT" and not predicate:
-                return count
-            if op == "BRA":
-                after.add(place[int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)])
-            if op != "BRA" or predicate:
-                after.add(i + 1)
-        reached = after
-    raise ValueError("the code never ends")
+def fast_path(built) -> list[str]:
+    """Opcodes on the shortest way from entry to exit that enters no loop: what runs where every branch is the cheap one."""
+    opcodes, after = _instructions(sass(built))
+    loops = {target for i, targets in enumerate(after) for target in targets if target <= i and i in _reached(after, {target})}
+    came, queue = dict.fromkeys(loops) | {0: None}, [0]
+    for i in queue:
+        if END in after[i]:
+            way = [i]
+            while came[way[-1]] is not None:
+                way.append(came[way[-1]])
+            return [opcodes[j] for j in reversed(way)]
+        for j in after[i] - came.keys():
+            came[j] = i
+            queue.append(j)
+    raise ValueError("every way to the end goes through a loop")
+
+
+END = 1 << 30
+
+
+def _instructions(code: str) -> tuple[list[str], list[set[int]]]:
+    """Opcodes, and of each instruction those that may come next; END after the whole warp's exit."""
+    lines = [(int(at, 16), predicate, op, operands) for at, predicate, op, operands in re.findall(
+        r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", code)]
+    place = {at: i for i, (at, *_) in enumerate(lines)}
+    after = []
+    for i, (_, predicate, op, operands) in enumerate(lines):
+        jump = {place[int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)]} if op == "BRA" else set()
+        jump |= {END} if op == "EXIT" and not predicate else set()
+        after.append(jump | ({i + 1} if predicate or not jump else set()))
+    return [op for _, _, op, _ in lines], after
+
+
+def _reached(after: list[set[int]], at: set[int]) -> set[int]:
+    seen = set()
+    while at:
+        seen |= at
+        at = {j for i in at for j in after[i] if j != END} - seen
+    return seen
 
 
 def unsafe_products(built) -> list[str]:

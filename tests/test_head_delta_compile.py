@@ -10,50 +10,52 @@ import triton
 import triton.language as tl
 
 from alps_kernels.ops import delta_tables
-from alps_kernels.ops.delta_tables import BLOCK, K_BLOCK, ROWS
+from alps_kernels.ops.delta_tables import BLOCK, K_BLOCK, LANES, ROWS
 from alps_kernels.ops.head_delta import METRICS, Segment, head_delta, head_delta_projection
-from csrc_triton.head_delta import (
-    head_delta_scan_kernel,
-    head_delta_stats_kernel,
-    projection_scan_kernel,
-    projection_stats_kernel,
-)
+from csrc_triton.head_delta import head_delta_scan_kernel, head_delta_stats_kernel
+from csrc_triton.head_projection import projection_scan_kernel, projection_stats_kernel
 from tests import offline
 
 TABLES = {"tiles_ptr": "*i64", "segments_ptr": "*i64", "inv_tau": "fp32"}
 STATS = {**TABLES, "stats_ptr": "*fp32"}
-SCAN = {**TABLES, "heads_ptr": "*fp32", "carry_ptr": "*fp32", "stats_ptr": "*fp32", "scans_ptr": "*fp32"}
+SCAN = {**TABLES, "starts_ptr": "*fp32", "scans_ptr": "*fp32"}
 PROJECTION = {"heads_ptr": "*i64", "mb_ptr": "*fp32", "mt_ptr": "*fp32", "md_ptr": "*fp32", "d_model": "i32",
               "stride_qb": "i32", "stride_qt": "i32", "inv_tau": "fp32"}
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 
 
-def stats(base="bf16", flat=True, target="sm_90", full=True):
+def lanes(target):
+    return 64 if target.startswith("gfx") else LANES
+
+
+def stats(base="bf16", flat=True, norms=True, target="sm_90", full=True):
     return offline.build(head_delta_stats_kernel, STATS, {
-        "BASE": DTYPES[base], "TASK": DTYPES[base], "FLAT": flat, "FULL": full, "BLOCK": BLOCK}, target=target, fusion=True)
+        "BASE": DTYPES[base], "TASK": DTYPES[base], "FLAT": flat, "FULL": full, "NORMS": norms, "BLOCK": BLOCK,
+        "LANES": lanes(target)}, target=target, num_warps=1, fusion=True)
 
 
 def scan(base="bf16", flat=True, extra=True, target="sm_90", full=True):
     return offline.build(head_delta_scan_kernel, SCAN, {
-        "BASE": DTYPES[base], "TASK": DTYPES[base], "FLAT": flat, "FULL": full, "EXTRA": extra, "BLOCK": BLOCK, "SLOTS": 768},
-        target=target, fusion=True)
+        "BASE": DTYPES[base], "TASK": DTYPES[base], "FLAT": flat, "FULL": full, "EXTRA": extra, "BLOCK": BLOCK,
+        "LANES": lanes(target)}, target=target, num_warps=1, fusion=True)
 
 
 def shape(base, d_k, d_v, target):
     return {"BASE": DTYPES[base], "TASK": DTYPES[base], "D_K": d_k, "D_V": d_v, "V_PAD": d_v, "ROWS": ROWS,
-            "K_BLOCK": K_BLOCK, "SLOTS": 256, "PRECISION": "ieee" if target.startswith("gfx") else "tf32x3"}
+            "K_BLOCK": K_BLOCK, "PRECISION": "ieee" if target.startswith("gfx") else "tf32x3"}
 
 
 def project(which="stats", base="bf16", d=128, target="sm_90"):
+    aligned = tuple(n for n in PROJECTION if n != "inv_tau")
     if which == "stats":
-        return offline.build(projection_stats_kernel, {**PROJECTION, "stats_ptr": "*fp32"}, shape(base, d, d, target),
-                             target=target, aligned=tuple(n for n in PROJECTION if n != "inv_tau"))
-    signature = {**PROJECTION, "table_ptr": "*fp32", "carry_ptr": "*fp32", "stats_ptr": "*fp32", "scans_ptr": "*fp32"}
-    return offline.build(projection_scan_kernel, signature, shape(base, d, d, target) | {"EXTRA": True},
-                         target=target, aligned=tuple(n for n in PROJECTION if n != "inv_tau"))
+        return offline.build(projection_stats_kernel, {**PROJECTION, "stats_ptr": "*fp32"},
+                             shape(base, d, d, target) | {"NORMS": True}, target=target, aligned=aligned)
+    return offline.build(projection_scan_kernel, {**PROJECTION, "starts_ptr": "*fp32", "scans_ptr": "*fp32"},
+                         shape(base, d, d, target) | {"EXTRA": True}, target=target, aligned=aligned)
 
 
-PASSES = {"stats": stats, "scan": scan, "scan of pad": lambda **options: scan(extra=False, **options)}
+PASSES = {"stats": stats, "stats of pad": lambda **options: stats(norms=False, **options),
+          "scan": scan, "scan of pad": lambda **options: scan(extra=False, **options)}
 
 
 @pytest.mark.parametrize("target", offline.TARGETS)
@@ -79,22 +81,28 @@ def test_projection_compiles_without_spills(which, target):
 @pytest.mark.parametrize("base, size", [("bf16", 2), ("fp16", 2), ("fp32", 4)])
 def test_bytes_are_those_of_the_docstring(kernel, base, size):
     build = stats if kernel is head_delta_stats_kernel else scan
-    loaded = offline.count(build(base=base), "LDG.E.128") * 16 * 128  # by the 4 warps of a program
+    loaded = offline.fast_path(build(base=base)).count("LDG.E.128") * 16 * LANES
     said = re.search(r"(\d+) per pair of bf16 weights, (\d+) of fp32", kernel.fn.__doc__)
     assert loaded / BLOCK == 2 * size == int(said[1 if size == 2 else 2])
     assert offline.count(build(base=base, flat=False), "LDG.E.128") == 0
 
 
 # At 3.0 TB/s a pair of bf16 weights arrives every 4/3 ps; 132 SMs of 4 issue slots at 1.75 GHz have 39 instructions
-# for it. The two passes of `pad` stay below that, so DRAM limits them; the scan of all metrics is above.
-@pytest.mark.parametrize("name, most", [("stats", 36), ("scan of pad", 30), ("scan", 56)])
-def test_instructions_of_a_pair_of_weights(name, most):
-    assert 15 < offline.fast_path(PASSES[name]()) / (BLOCK / 128) <= most
+# for it. Counted: stats 15.3, of pad 12.9, scan 23.9, of pad 13.5 on sm_90.
+@pytest.mark.parametrize("target, name, most", [
+    ("sm_90", "stats", 15.5), ("sm_90", "stats of pad", 13), ("sm_90", "scan", 24.1), ("sm_90", "scan of pad", 13.7)])
+def test_instructions_of_a_pair_of_weights(target, name, most):
+    assert 10 < len(offline.fast_path(PASSES[name](target=target))) / (BLOCK / LANES) <= most
 
 
-@pytest.mark.parametrize("name, most", [("stats", 80), ("scan", 104), ("scan of pad", 64)])
-def test_registers_leave_room_for_several_programs(name, most):
-    assert offline.resources(PASSES[name]()).registers <= most  # 65,536 an SM, 128 threads a program
+@pytest.mark.parametrize("name, most", [("stats", 72), ("stats of pad", 64), ("scan", 80), ("scan of pad", 72)])
+def test_registers_leave_room_for_many_programs(name, most):
+    assert offline.resources(PASSES[name]()).registers <= most  # 65,536 an SM, 32 threads a program, 32 programs at the most
+
+
+def test_nothing_waits_for_another_warp():
+    for name, passes in PASSES.items():
+        assert not [op for op in offline.fast_path(passes()) if op.startswith(("BAR", "STS", "LDS"))], name
 
 
 def test_no_offset_is_a_32_bit_product():
@@ -164,11 +172,12 @@ def test_the_work_list_covers_every_head_once(seed, monkeypatch):
     assert found == sizes
     covered, slots_used = defaultdict(list), set()
     for key, table in tiles.items():
-        for number, start, count, slot, last in table.tolist():
-            base, task, cols, *strides, _ = segments[number].tolist()
-            assert 0 < count <= 64 and slot not in slots_used and not (key.full and (count < 64 or last))
+        for *at, slot, count, last in table.tolist():
+            base, task = at if key.flat else (address + 4 * at[1] for address in segments[at[0]].tolist()[:2])
+            assert 0 < count <= 64 and slot not in slots_used and key.full == (count == 64)
+            assert not key.flat or base % 16 == task % 16 == count % 16 == 0
             slots_used.add(slot)
-            covered[slot // slots].append((slot, [(base + 4 * i, task + 4 * i) for i in range(start, start + count)], last))
+            covered[slot // slots].append((slot, [(base + 4 * i, task + 4 * i) for i in range(count)], last))
     expected = [[(s.base[s.index[h]].data_ptr() + 4 * i, s.task[s.index[h]].data_ptr() + 4 * i)
                  for s in layer for i in range(s.base[0].numel())] for layer in layers for h in range(len(layer[0].index))]
     for head, pairs in enumerate(expected):

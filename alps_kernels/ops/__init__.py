@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-ABI = 1  # of csrc_triton, as this package calls it
+ABI = 2  # of csrc_triton, as this package calls it
 
 
 def device_code(module: str) -> ModuleType:

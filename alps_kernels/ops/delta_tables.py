@@ -12,9 +12,11 @@ from torch import Tensor
 from . import device_code, on_device, triton_type
 from .reference_near import CANCELLED, CONCENTRATED, cosine_distance
 
-BLOCK = 2048  # elements of a tile: 16 for each thread of 4 warps
+BLOCK = 2048  # elements of a tile: 64 for each thread of a warp
+LANES = 64 if torch.version.hip else 32  # threads of a warp
 ROWS, K_BLOCK = 16, 32  # of a projection's tile; with d_v = 128 a tile is 2,048 elements
-STATS, SCANS, HEADS = 8, 8, 4  # columns of the kernels' tables
+STATS, SCANS = 8, 8  # columns of the kernels' tables
+RANGE = 2.0**60  # exp(logit) is taken without a shift; a head whose largest is beyond it or below its inverse is doubtful
 LARGE = 1.0  # |x| beyond which a weight that dominates leaves a small Z_T to float32 rounding: then float64
 LAUNCHABLE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,10 +27,10 @@ class Launch(NamedTuple):
     base: torch.dtype
     task: torch.dtype
     flat: bool
-    full: bool  # BLOCK elements, and not a head's last ones
+    full: bool  # BLOCK elements
 
 
-def flat_sums(layers: Sequence[Sequence[Any]], tau: float, extra: bool) -> Sums:
+def flat_sums(layers: Sequence[Sequence[Any]], tau: float, norms: bool, extra: bool) -> Sums:
     """Both passes over heads whose elements are stored (every representation but `projection`).
 
     A pass is one launch over the whole model for each kind of tile. Launching group by group, so that
@@ -44,21 +46,21 @@ def flat_sums(layers: Sequence[Sequence[Any]], tau: float, extra: bool) -> Sums:
     segments = segments.to(device)
     kernels = device_code("head_delta")
     sums = Sums(len(sizes), slots, torch.tensor(sizes, dtype=torch.float64, device=device))
-    common = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": True}
+    common = {"BLOCK": BLOCK, "LANES": LANES, "num_warps": 1, "enable_fp_fusion": True}
     with on_device(device):
         for key, table in tiles.items():
             kernels.head_delta_stats_kernel[(len(table),)](
                 table, segments, sums.stats, 1 / tau, BASE=triton_type(key.base), TASK=triton_type(key.task),
-                FLAT=key.flat, FULL=key.full, **common)
-        heads, carry = sums.between()
+                FLAT=key.flat, FULL=key.full, NORMS=norms, **common)
+        starts = sums.between()
         for key, table in tiles.items():
             kernels.head_delta_scan_kernel[(len(table),)](
-                table, segments, heads, carry, sums.stats, sums.scans, 1 / tau, BASE=triton_type(key.base),
-                TASK=triton_type(key.task), FLAT=key.flat, FULL=key.full, EXTRA=extra, SLOTS=slots, **common)
+                table, segments, starts, sums.scans, 1 / tau, BASE=triton_type(key.base),
+                TASK=triton_type(key.task), FLAT=key.flat, FULL=key.full, EXTRA=extra, **common)
     return sums
 
 
-def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, extra: bool) -> Sums:
+def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, norms: bool, extra: bool) -> Sums:
     """Both passes over W_h = q_h^T k_g v_g^T of layers of one shape, strides and dtypes."""
     q, _, v = layers[0]
     device, (d_k, d_model), d_v = q.base.device, q.base.shape[1:], v.base.shape[1]
@@ -73,20 +75,20 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, extra: b
                  for i, pair in zip(q.index, zip(k.index, v.index, strict=True), strict=True)]
     where = torch.tensor(rows, dtype=torch.int64).to(device)
     m_base, m_task, m_delta = (torch.cat(product).float() for product in products)
-    kernels = device_code("head_delta")
+    kernels = device_code("head_projection")
     sums = Sums(len(rows), slots, torch.full((len(rows),), float(d_model * d_v), dtype=torch.float64, device=device))
     common = {
         "BASE": triton_type(q.base.dtype), "TASK": triton_type(q.task.dtype), "D_K": d_k, "D_V": d_v,
-        "V_PAD": max(16, 1 << (d_v - 1).bit_length()), "ROWS": ROWS, "K_BLOCK": K_BLOCK, "SLOTS": slots,
+        "V_PAD": max(16, 1 << (d_v - 1).bit_length()), "ROWS": ROWS, "K_BLOCK": K_BLOCK,
         # Three passes of the tensor cores come to float32's precision; AMD's have float32 of their own.
         "PRECISION": "ieee" if torch.version.hip else "tf32x3", "num_warps": 4, "enable_fp_fusion": True,
     }
     strides = (d_model, q.base.stride(1), q.task.stride(1), 1 / tau)
     with on_device(device):
-        kernels.projection_stats_kernel[(len(rows), slots)](where, m_base, m_task, m_delta, sums.stats, *strides, **common)
-        heads, carry = sums.between()
+        kernels.projection_stats_kernel[(len(rows), slots)](
+            where, m_base, m_task, m_delta, sums.stats, *strides, NORMS=norms, **common)
         kernels.projection_scan_kernel[(len(rows), slots)](
-            where, m_base, m_task, m_delta, heads, carry, sums.stats, sums.scans, *strides, EXTRA=extra, **common)
+            where, m_base, m_task, m_delta, sums.between(), sums.scans, *strides, EXTRA=extra, **common)
     return sums
 
 
@@ -103,9 +105,11 @@ def address(blocks: Tensor, i: int) -> int:
 
 
 def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[Launch, Tensor], Tensor, list[int]]:
-    """Tiles by launch (int64 [n, 5]: segment, start, count, slot, is last), segments (int64 [n, 8]), sizes of heads.
+    """Tiles by launch (int64 [n, 5]), segments (int64 [n, 8]), sizes of heads.
 
-    A segment is one matrix of one head: addresses in both models, cols, row and column strides.
+    A tile: its addresses in both models if flat, else its segment and its first element there; slot,
+    count, whether it is the head's last. A segment is one matrix of one head: addresses in both models,
+    cols, row and column strides.
     """
     tiles, segments, sizes = defaultdict(list), [], []
     n_segments = 0
@@ -113,7 +117,7 @@ def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[Launch
         heads = torch.arange(len(layer[0].index))
         first_slot = (len(sizes) + heads) * slots
         for position, s in enumerate(layer):
-            size, (n_rows, cols) = s.base[0].numel(), s.base.shape[1:]
+            size, cols = s.base[0].numel(), s.base.shape[2]
             index = torch.tensor(s.index)
             where = [side.data_ptr() + index * (side.stride(0) * side.element_size()) for side in (s.base, s.task)]
             fixed = torch.tensor([cols, *s.base.stride()[1:], *s.task.stride()[1:], 0]).expand(len(heads), -1)
@@ -122,11 +126,12 @@ def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[Launch
             count = (size - start).clamp(max=BLOCK)
             last = torch.zeros_like(start)
             last[-1] = position == len(layer) - 1
-            grid = torch.stack(torch.broadcast_tensors(
-                (n_segments + heads)[:, None], start, count, first_slot[:, None] + torch.arange(len(start)), last), -1)
             flat = all(side[0].is_contiguous() and bool((w % 16 == 0).all())
                        for side, w in zip((s.base, s.task), where, strict=True)) and size % 16 == 0
-            full = (count == BLOCK) & (last == 0)
+            at = ([w[:, None] + start * side.element_size() for side, w in zip((s.base, s.task), where, strict=True)]
+                  if flat else [(n_segments + heads)[:, None], start])
+            grid = torch.stack(torch.broadcast_tensors(*at, first_slot[:, None] + torch.arange(len(start)), count, last), -1)
+            full = count == BLOCK
             for which in (full, ~full):
                 if which.any():
                     tiles[Launch(s.base.dtype, s.task.dtype, flat, which is full)].append(grid[:, which].flatten(0, 1))
@@ -146,35 +151,42 @@ class Sums:
     def __init__(self, heads: int, slots: int, sizes: Tensor) -> None:
         self.sizes, self.shape = sizes, (heads, slots)
         self.stats = torch.zeros(heads * slots, STATS, device=sizes.device)
-        self.stats[:, 0] = float("-inf")
         self.scans = torch.zeros(heads * slots, SCANS, device=sizes.device)
 
-    def between(self) -> tuple[Tensor, Tensor]:
-        """After pass A: per head (max, r, 1 / (1 + r)) and per tile the CDF difference before it, times Z_T."""
+    def between(self) -> Tensor:
+        """What each tile of pass B starts from, float32 [heads * slots, 5].
+
+        The CDF difference before it, times Z_T; then, of its head, the shift with which e is 1 in the
+        mean, r and 1 / (1 + r); and a bound of abs(x) + abs(r) in it.
+        """
         stats = self.stats.view(*self.shape, STATS).double()
-        top = stats[:, :, 0].amax(1, keepdim=True)
-        scale = (stats[:, :, 0] - top).exp2()
-        weight, moved = scale * stats[:, :, 1], scale * stats[:, :, 2]
-        self.z_base, shift = weight.sum(1), moved.sum(1)
-        self.z_task = self.z_base + shift
-        r = (shift / self.z_base)[:, None]
-        change = moved - r * weight
+        weight, moved, far = stats[:, :, 0], stats[:, :, 1], stats[:, :, 6]
+        z_base = weight.sum(1, keepdim=True)
+        self.few = z_base.squeeze(1) / stats[:, :, 5].amax(1)
+        self.top = stats[:, :, 5].amax(1)
+        r = moved.sum(1, keepdim=True) / z_base
+        shift = (z_base / self.sizes[:, None]).log2().float()
+        unit = shift.double().neg().exp2()
+        self.z_base = (unit * z_base).squeeze(1)
+        self.z_task = self.z_base * (1 + r.squeeze(1))
+        change = unit * (moved - r * weight)
         carry = change.cumsum(1) - change
-        heads = torch.cat([top, r, 1 / (1 + r), torch.zeros_like(r)], 1).float()
-        self.squares = stats[:, :, 3:6].sum(1)
-        self.largest = stats[:, :, 6].amax(1)
-        return heads, carry.float().flatten()
+        self.squares = stats[:, :, 2:5].sum(1)
+        self.largest = far.amax(1)
+        starts = torch.broadcast_tensors(carry, shift, r, 1 / (1 + r), far + r.abs())
+        return torch.stack(starts, -1).float().flatten(0, 1)
 
     @property
     def sound(self) -> Tensor:
         """Which heads have finite weights."""
-        return self.squares.isfinite().all(1)
+        return self.squares[:, 0].isfinite()
 
     def doubtful(self, metrics: Sequence[str]) -> Tensor:
         """Which heads the float32 sums may miss, bool [heads]: they are rare, and the reference takes them."""
         dd, bb, bd = self.squares.unbind(1)
         aa, ac, cc = self.scans.view(*self.shape, SCANS)[:, :, 3:6].double().sum(1).unbind(1)
-        doubt = (self.largest > LARGE) | (self.z_base < CONCENTRATED)
+        held = (self.largest <= LARGE) & (self.few >= CONCENTRATED) & (self.top > 1 / RANGE) & (self.top < RANGE)
+        doubt = ~(held & self.z_task.isfinite())  # also where one of them is NaN
         for name, squares, dots, moved in (("cosine", aa, ac, cc), ("cosine_weights", bb, bd, dd)):
             if name in metrics:
                 doubt |= moved * squares - dots.square() < CANCELLED * moved * squares

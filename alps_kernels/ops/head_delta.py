@@ -72,6 +72,7 @@ def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str
     """Layers of one kind in one launch each, the others and what the kernels do not do by the reference."""
     plain = reference.head_delta_projection if projection else reference.head_delta
     summed = [name for name in metrics if name != "pad_values"]  # a sort, which torch does well
+    norms = bool({"cosine_weights", "relative"} & set(metrics))
     extra = bool({"kl", "js", "cosine"} & set(metrics))
     batches: dict[tuple | torch.device, list[int]] = {}
     for i, layer in enumerate(layers):
@@ -87,7 +88,7 @@ def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str
             for i, *values in zip(indices, *(column.split(widths) for column in columns.values()), strict=True):
                 found[i] = dict(zip(columns, values, strict=True))
             continue
-        sums = (projection_sums if projection else flat_sums)([layers[i] for i in indices], tau, extra)
+        sums = (projection_sums if projection else flat_sums)([layers[i] for i in indices], tau, norms, extra)
         _refuse_unsound(sums, indices, widths)
         doubtful = sums.doubtful(summed).split(widths)
         columns = {name: values.cpu().split(widths) for name, values in sums.scores(summed).items()}

@@ -15,6 +15,7 @@ SUMMED = [name for name in METRICS if name != "pad_values"]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(delta_tables, "BLOCK", 128)
+    monkeypatch.setattr(delta_tables, "LANES", 4)
 
 
 def pair(n, rows, cols, delta=1e-3, dtype=torch.float32, seed=0):
