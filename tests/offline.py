@@ -105,9 +105,11 @@ def _instructions(code: str) -> tuple[list[str], list[set[int]]]:
     place = {at: i for i, (at, *_) in enumerate(lines)}
     after = []
     for i, (_, predicate, op, operands) in enumerate(lines):
-        jump = {place[int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)]} if op == "BRA" else set()
+        branch = op in ("BRA", "BRA.U")  # BRA.DIV is for threads that have parted
+        jump = {place[int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)]} if branch else set()
         jump |= {END} if op == "EXIT" and not predicate else set()
-        after.append(jump | ({i + 1} if predicate or not jump else set()))
+        sure = jump and not predicate and not re.match(r"\s*!?U?P\d", operands)
+        after.append(jump | (set() if sure else {i + 1}))
     return [op for _, _, op, _ in lines], after
 
 

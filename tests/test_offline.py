@@ -48,3 +48,22 @@ def test_every_constant_is_a_normal_float32(path):
               and isinstance(node.value, float)]
     info = torch.finfo(torch.float32)
     assert [x for x in floats if x != 0 and not info.smallest_normal <= x <= info.max] == []
+
+
+@triton.jit
+def _loop_kernel(x_ptr, n, ALWAYS: tl.constexpr):
+    total = tl.load(x_ptr)
+    if ALWAYS or n == 7:
+        for i in tl.range(0, 1000):
+            total += tl.load(x_ptr + i) * total
+    tl.store(x_ptr, total)
+
+
+def test_the_fast_path_goes_round_loops():
+    built = [offline.build(_loop_kernel, {"x_ptr": "*fp32", "n": "i32"}, {"ALWAYS": always}, target=target)
+             for always in (False, True) for target in offline.NVIDIA]
+    for without in built[:5]:
+        assert [op.split(".")[0] for op in offline.fast_path(without)].count("LDG") == 1
+    for always in built[5:]:
+        with pytest.raises(ValueError, match="loop"):
+            offline.fast_path(always)

@@ -16,7 +16,9 @@ BLOCK = 2048  # elements of a tile: 64 for each thread of a warp
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 ROWS, K_BLOCK = 16, 32  # of a projection's tile; with d_v = 128 a tile is 2,048 elements
 STATS, SCANS = 8, 8  # columns of the kernels' tables
-RANGE = 2.0**60  # exp(logit) is taken without a shift; a head whose largest is beyond it or below its inverse is doubtful
+# Pass A takes exp(logit) without a shift. A head whose largest is beyond this, or below its inverse, is doubtful: logits
+# so far from 0 have float32 digits too few, and the sums of the latter may underflow.
+RANGE = 2.0**32
 LARGE = 1.0  # |x| beyond which a weight that dominates leaves a small Z_T to float32 rounding: then float64
 LAUNCHABLE = (torch.float32, torch.float16, torch.bfloat16)
 

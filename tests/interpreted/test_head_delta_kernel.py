@@ -3,12 +3,17 @@
 import pytest
 import torch
 
-from alps_kernels.ops import delta_tables
+from alps_kernels.ops import delta_tables, reference
 from alps_kernels.ops.head_delta import METRICS, Segment, head_delta, head_delta_projection
 from tests.delta_oracle import oracle, projection_oracle, stored_oracle
 
-# Sums in float32 of at most one tile, carried in float64; DESIGN asks for 1.5e-5 and aims at 1e-6.
-TOLERANCE = {name: 3e-6 for name in METRICS} | {"cosine_weights": 2e-5}
+TOLERANCE = 1e-6  # relative, every metric; DESIGN asks for 1.5e-5 and aims at this
+LEFT_OVER = {
+    "test_a_weight_far_from_its_base", "test_a_dominating_weight_that_moves",
+    "test_dominating_weights_that_move_together", "test_concentrated_softmax",
+    "test_logits_out_of_range", "test_a_temperature_beyond_float32",
+    "test_cosine_of_weights_that_shrink", "test_identical_models_score_exactly_zero",
+}
 SUMMED = [name for name in METRICS if name != "pad_values"]
 
 
@@ -16,6 +21,18 @@ SUMMED = [name for name in METRICS if name != "pad_values"]
 def small_tiles(monkeypatch):
     monkeypatch.setattr(delta_tables, "BLOCK", 128)
     monkeypatch.setattr(delta_tables, "LANES", 4)
+
+
+@pytest.fixture(autouse=True)
+def left_over(request, monkeypatch):
+    """The kernels leave no head to the reference but in tests of such heads."""
+    heads = []
+    for name in ("head_delta", "head_delta_projection"):
+        plain = getattr(reference, name)
+        monkeypatch.setattr(reference, name, lambda layers, metrics, plain=plain, **options: (
+            heads.extend(layers[0][0].index), plain(layers, metrics, **options))[1])
+    yield
+    assert not heads or request.node.originalname in LEFT_OVER
 
 
 def pair(n, rows, cols, delta=1e-3, dtype=torch.float32, seed=0):
@@ -31,12 +48,12 @@ def segment(n, rows, cols, index=None, **options):
 def close(found, expected, metrics=SUMMED):
     for name in metrics:
         error = ((found[name] - expected[name]).abs() / expected[name].abs().clamp(min=1e-300)).max()
-        assert error <= TOLERANCE[name], (name, float(error))
+        assert error <= TOLERANCE, (name, float(error))
 
 
 @pytest.mark.parametrize("rows, cols, why", [
     (4, 64, "two full tiles, contiguous"), (3, 21, "63: one masked tile"), (1, 257, "a tail of one element"),
-    (16, 40, "five tiles: carries add up"), (1, 16, "less than a tile")])
+    (16, 40, "five tiles: carries add up"), (1, 48, "less than a tile")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_metric_equals_the_oracle(rows, cols, why, dtype):
     layer = [segment(2, rows, cols, dtype=dtype, delta=1e-2)]
@@ -139,12 +156,22 @@ def test_the_oracle_itself_sees_an_order():
 
 
 @pytest.mark.parametrize("x", [0.5, 2.0, 6.0, 7.9])
-def test_a_dominating_weight_that_moves(x):
+def test_a_dominating_weight_that_moves(x, height=14.0, metrics=SUMMED):
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(1, 16, 100, generator=generator)
-    base[0, 8, 50] = 14.0
+    base[0, 8, 50] = height
     task = base + 1e-3 * torch.randn(base.shape, generator=generator)
     task[0, 8, 50] = base[0, 8, 50] - x
+    layer = [Segment(base, task, (0,))]
+    close(head_delta([layer], metrics, backend="triton"), stored_oracle([layer]), metrics)
+
+
+def test_dominating_weights_that_move_together():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 16, 100, generator=generator)
+    base[0, ::2, ::10] = 14.0
+    task = base + 1e-3 * torch.randn(base.shape, generator=generator)
+    task[0, ::2, ::10] -= 7.9
     layer = [Segment(base, task, (0,))]
     close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
 
@@ -163,3 +190,25 @@ def test_cosine_of_weights_that_shrink(noise):
     base = 0.05 * torch.randn(1, 16, 200, generator=generator)
     layer = [Segment(base, 0.999 * base + noise * torch.randn(base.shape, generator=generator), (0,))]
     close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
+
+
+@pytest.mark.parametrize("offset", [-300.0, -95.0, -20.0, 20.0, 80.0, 300.0])
+def test_logits_out_of_range(offset):
+    generator = torch.Generator().manual_seed(3)
+    base = offset + 0.05 * torch.randn(1, 16, 40, generator=generator)
+    layer = [Segment(base, base + 1e-2 * torch.randn(base.shape, generator=generator), (0,))]
+    metrics = [name for name in SUMMED if name != "cosine_weights"]
+    close(head_delta([layer], metrics, backend="triton"), stored_oracle([layer]), metrics)
+
+
+def test_a_temperature_beyond_float32():
+    layer = [Segment(torch.zeros(1, 16, 40), torch.zeros(1, 16, 40), (0,))]
+    found = head_delta([layer], SUMMED, temperature=1e-15, backend="triton")
+    assert all((values == 0).all() for values in found.values())
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_a_metric_alone_is_what_it_is_among_all(name):
+    layer = [segment(2, 8, 40)]
+    alone, among = (head_delta([layer], names, backend="triton")[name] for names in ([name], SUMMED))
+    assert torch.equal(alone, among)
