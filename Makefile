@@ -46,7 +46,8 @@ bench: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench $(BENCH)
 	$(BIN)/python -m bench.report
 
-# The study of docs/evidence.md: PROFILE=cpu takes hours on two cores, PROFILE=gpu is written for one GPU. It goes on where it stopped.
+# The study of docs/evidence.md: PROFILE=cpu takes three hours of a core (started twice, the two share the cells), PROFILE=gpu is written
+# for one GPU. It goes on where it stopped.
 PROFILE ?= cpu
 study: $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[study]"
