@@ -67,9 +67,8 @@ def run_cell(cell: Cell, plan: dict[str, Any], task_rate: float, cache: Path) ->
 
 def evaluated(model: nn.Module, tokenizer, data: Splits, windows: int) -> dict[str, Any]:
     """What a model learned and forgot."""
-    right = answers(model, tokenizer, data.test) if data.test and data.test[0].prompt else []
-    return {"exact_match": sum(right) / len(right) if right else math.nan,
-            "right": "".join("1" if score == 1.0 else "0" for score in right),
+    right = [score == 1.0 for score in answers(model, tokenizer, data.test)] if data.test and data.test[0].prompt else []
+    return {"exact_match": sum(right) / len(right) if right else math.nan, "right": "".join("01"[r] for r in right),
             "test_loss": answer_loss(model, tokenizer, data.test), **forgetting(model, tokenizer, windows)}
 
 
