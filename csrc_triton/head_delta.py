@@ -106,7 +106,7 @@ def head_delta_stats_kernel(
 
     Shapes     tiles [n_tiles, 5], segments [n, 8] int64; stats [n_slots, 8] float32
     Dtypes     weights fp32/fp16/bf16; arithmetic and sums fp32, at most BLOCK terms each
-    Scalars    inv_tau = 1 / tau; FLAT, the tiles have addresses, else segments; FULL, each has BLOCK elements
+    Scalars    inv_tau = 1 / tau; FLAT, the tiles have addresses, else segments; FULL, they have BLOCK elements each
     Untouched  slots without a tile stay zero
     Bytes      one read of each weight: 4 per pair of bf16 weights, 8 of fp32
     """

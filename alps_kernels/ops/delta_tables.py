@@ -29,7 +29,7 @@ class Launch(NamedTuple):
     base: torch.dtype
     task: torch.dtype
     flat: bool
-    full: bool  # BLOCK elements
+    full: bool  # flat, and BLOCK elements each
 
 
 def flat_sums(layers: Sequence[Sequence[Any]], tau: float, norms: bool, extra: bool) -> Sums:
@@ -133,7 +133,7 @@ def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[Launch
             at = ([w[:, None] + start * side.element_size() for side, w in zip((s.base, s.task), where, strict=True)]
                   if flat else [(n_segments + heads)[:, None], start])
             grid = torch.stack(torch.broadcast_tensors(*at, first_slot[:, None] + torch.arange(len(start)), count, last), -1)
-            full = count == BLOCK
+            full = (count == BLOCK) & flat
             for which in (full, ~full):
                 if which.any():
                     tiles[Launch(s.base.dtype, s.task.dtype, flat, which is full)].append(grid[:, which].flatten(0, 1))

@@ -39,7 +39,7 @@ FAULTS = {
     "change of q meets the base's k and v": (PROJECTION, "tl.dot(tl.trans(qt - qb), mt,", "tl.dot(tl.trans(qt - qb), mb,", project),
     "columns beyond d_v": (PROJECTION, "offs_m = group * (D_K * D_V) + ks * D_V", "offs_m = group * (D_K * D_V) + ks * V_PAD", project),
     "a projection's carry is lost": (PROJECTION, "before = start[0] +", "before = 0.0 * start[0] +", project),
-    "a partial tile is taken as full": (None, "full = count == BLOCK", "full = count > 0",
+    "a partial tile is taken as full": (None, "full = (count == BLOCK) & flat", "full = count > 0",
                                         checks.test_grouped_heads_several_segments_and_layers_of_other_shapes),
     "partial tiles are left out": (None, "for which in (full, ~full):", "for which in (full,):", tail),
     "pass B takes pass A's order for its own": (KERNELS, "(tl.num_programs(0) - 1 - tl.program_id(0))", "(tl.num_programs(0) // 2)", tiles),
