@@ -153,6 +153,15 @@ def head_adamw_kernel(
     step = tl.load(hypers + 8).to(tl.int32)
     stream = tl.load(pointers + 10) * 4
     seed = tl.load(pointers + 11)
+    if MASTER == "stochastic":
+        p = round_stochastically(master, random16(place, lane, seed, step, stream, ALIGNED), PARAM)
+    else:
+        p = _parted(master, low_ptrs, mask, PARAM, MASTER)
+    tl.store(p_ptrs, p, mask=mask)
+    if MIRROR:
+        if tl.load(pointers + 8) != 0:
+            offs_w = _field(tile, 12, ALIGNED) + row * _field(tile, 13, ALIGNED) + col + lane
+            tl.store(_pointer(pointers + 8, PARAM, ALIGNED) + offs_w, p, mask=mask)
     if MOMENT == tl.float32:
         tl.store(m_ptrs, m, mask=mask)
         tl.store(v_ptrs, v, mask=mask)
@@ -170,15 +179,6 @@ def head_adamw_kernel(
         tl.store(v_ptrs, round_stochastically(v, noise, MOMENT), mask=mask)
     if AMSGRAD:
         tl.store(v_max_ptrs, v_max.to(MOMENT), mask=mask)
-    if MASTER == "stochastic":
-        p = round_stochastically(master, random16(place, lane, seed, step, stream, ALIGNED), PARAM)
-    else:
-        p = _parted(master, low_ptrs, mask, PARAM, MASTER)
-    tl.store(p_ptrs, p, mask=mask)
-    if MIRROR:
-        if tl.load(pointers + 8) != 0:
-            offs_w = _field(tile, 12, ALIGNED) + row * _field(tile, 13, ALIGNED) + col + lane
-            tl.store(_pointer(pointers + 8, PARAM, ALIGNED) + offs_w, p, mask=mask)
 
 
 @triton.jit

@@ -171,7 +171,7 @@ def _scan_tile(
 ):
     none = tl.zeros((LANES, 4), tl.float32)
     state = (start[0], tl.zeros((LANES,), tl.float32), (none, none, none, none, none, none))
-    if EXACT or not FLAT:  # the rare ones: short code
+    if EXACT or not FLAT or BASE != TASK:  # the rare ones: short code
         for chunk in tl.range(0, BLOCK, LANES * 16):
             state = _scan_chunk(chunk, state, base, task, there, counted, start, inv_tau, BASE, TASK, FLAT, FULL, EXTRA, EXACT, LANES)
     else:
