@@ -166,7 +166,7 @@ def write_report(profile: str, rows: dict[str, dict[str, str]], docs: Path = ROO
         "rest Student's t over seeds.", ""]
     if CONCLUSION.exists() and profile != "tiny":
         lines += [CONCLUSION.read_text().strip(), ""]
-    for task in dict.fromkeys(v[0] for v in runs.of):
+    for task in dict.fromkeys(v[0] for v in runs.of if v[1] != "base"):
         lines += [f"## {task}", "", *results_table(runs, task), ""]
         lines += [f"![{name}]({FIGURES}/{name})\n" for name in draw(runs, task, docs / FIGURES)]
         if task in plan["tasks"]:
