@@ -1,6 +1,8 @@
 """What `head_delta` means: the reference against long doubles, the released definition, seeded faults."""
 
+import gc
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -54,6 +56,20 @@ def test_projection_is_exact(dtype, delta):
     layer = (segment(3, 32, 96, delta=delta, dtype=dtype), segment(2, 32, 96, group, delta, dtype, 1),
              segment(2, 24, 96, group, delta, dtype, 2))
     close(head_delta_projection([layer], METRICS), projection_oracle([layer]))
+
+
+@pytest.mark.parametrize("score, parts", [(head_delta, 1), (head_delta_projection, 3)])
+def test_scored_weights_are_let_go_of_at_once(score, parts):
+    """Without a collection: a checkpoint's layers would pile up until one comes (1.5 GiB of an 8B pair, once)."""
+    layer = tuple(segment(2, 32, 96, seed=seed) for seed in range(parts))
+    kept = [weakref.ref(part.base) for part in layer]
+    gc.disable()
+    try:
+        score([layer], METRICS)
+        del layer
+        assert [ref() for ref in kept] == [None] * parts
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.5, 30.0])

@@ -182,7 +182,10 @@ class _Projected:
         self.ordered = torch.float64
         self.pairs = list(zip(self.k.index, self.v.index, strict=True))
         self.products: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self.forms = [partial(self._form, pair) for pair in dict.fromkeys(self.pairs)]
+
+    @property
+    def forms(self) -> Sequence[Callable[[], None]]:  # kept in self, they would keep the layer's weights until a collection
+        return [partial(self._form, pair) for pair in dict.fromkeys(self.pairs)]
 
     def _form(self, pair: tuple[int, int]) -> None:
         self.products[pair] = self._product(*pair, self.dtype)
