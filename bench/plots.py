@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from alps_kernels.pictures import curves, memory_bars
+from alps_kernels.pictures import curves, memory_bars, new_figure
 
 MARKS = "osD^vPX*<>"
 LINES = ("-", "--", "-.", ":")
@@ -116,7 +116,8 @@ DRAWN: dict[str, Callable[[Path, str, Sequence[Row]], list[str]]] = {
 def _lines(path: Path, lines: dict[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, title: str) -> None:
     from matplotlib.ticker import LogLocator
 
-    figure, axes = _figure(6.8, 4.6 + 0.1 * len(lines))
+    figure = new_figure(6.8, 4.6 + 0.1 * len(lines))
+    axes = figure.add_subplot()
     for index, (label, points) in enumerate(lines.items()):
         axes.plot(*zip(*points, strict=True), label=label, marker=MARKS[index % len(MARKS)], markersize=5,
                   linewidth=1.4, linestyle=LINES[index % len(LINES)], color="black" if index == 0 else f"C{index}")
@@ -133,7 +134,8 @@ def _lines(path: Path, lines: dict[str, Sequence[tuple[float, float]]], xlabel: 
 
 
 def _bars(path: Path, values: dict[str, float], xlabel: str, title: str) -> None:
-    figure, axes = _figure(7.0, 1.4 + 0.4 * len(values))
+    figure = new_figure(7.0, 1.4 + 0.4 * len(values))
+    axes = figure.add_subplot()
     axes.barh(range(len(values)), list(values.values()), color="0.75", edgecolor="black", linewidth=0.6)
     for place, value in enumerate(values.values()):
         axes.text(value, place, f" {value:.4g}", va="center", fontsize=8)
@@ -144,10 +146,3 @@ def _bars(path: Path, values: dict[str, float], xlabel: str, title: str) -> None
     axes.margins(x=0.15)
     axes.set_title(title, fontsize=9, wrap=True)
     figure.savefig(path, dpi=160)
-
-
-def _figure(width: float, height: float):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()

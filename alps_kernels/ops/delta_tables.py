@@ -164,8 +164,8 @@ class Sums:
         stats = self.stats.view(*self.shape, STATS).double()
         weight, moved, far = stats[:, :, 0], stats[:, :, 1], stats[:, :, 6]
         z_base = weight.sum(1, keepdim=True)
-        self.few = z_base.squeeze(1) / stats[:, :, 5].amax(1)
         self.top = stats[:, :, 5].amax(1)
+        self.few = z_base.squeeze(1) / self.top
         r = moved.sum(1, keepdim=True) / z_base
         shift = (z_base / self.sizes[:, None]).log2().float()
         unit = shift.double().neg().exp2()

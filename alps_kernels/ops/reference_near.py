@@ -118,7 +118,8 @@ class _Passes:
         s["growth"] = 2 * torch.atanh(half / s["middle"])
         s["top"] = torch.stack(tops).amax(0).double()
         s["far"] = torch.stack(far).amax(0).double().sqrt() + s["growth"].abs()
-        s["n"] = torch.full_like(half, sum(x.shape[1] for _, x in self.held))
+        self.n = sum(x.shape[1] for _, x in self.held)
+        s["n"] = torch.full_like(half, self.n)
 
     def move(self) -> None:
         """Turn the differences into d = (P_T - P_B) N and sum what needs no order; then, for PAD, into CDFs."""
@@ -149,8 +150,7 @@ class _Passes:
 
     def step(self) -> None:
         """Sum the CDF differences. What rounding left at the last element, where they are 0, is taken off along the way."""
-        n = sum(cdf.shape[1] for _, cdf in self.held)
-        index = self.workers.counted(n, self.end.device).split([cdf.shape[1] for _, cdf in self.held])
+        n, index = self.n, self.workers.counted(self.n, self.end.device).split([cdf.shape[1] for _, cdf in self.held])
         for (_, cdf), numbers in zip(self.held, index, strict=True):
             self._parts["steps"].append(cdf.addcmul_(numbers, self.end / -n).abs_().sum(1))
         self._close()

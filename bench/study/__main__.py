@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.common import RESULTS, environment
 
-from .cells import Cell, Study
+from .cells import Cell, Study, dev_losses
 from .locks import locked
 
 MEASURED = ("exact_match", "test_loss", "dev_loss", "english_ppl", "code_ppl", "humaneval_loss", "train_loss", "train_loss_bits", "steps",
@@ -60,11 +60,6 @@ def write(path: Path, cell: Cell, measured: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
-def losses(rows: dict[str, dict[str, str]]) -> dict[str, float]:
-    """On the development split, by cell."""
-    return {key: float(row["dev_loss"]) for key, row in rows.items()}
-
-
 def run(profile: str, only: list[str], limit: int | None, seconds: float | None) -> None:
     """Run cells without a row, in order; asks again after each, since rates become known on the way."""
     from .train import base_row, run_cell
@@ -72,7 +67,7 @@ def run(profile: str, only: list[str], limit: int | None, seconds: float | None)
     study, started, count = Study.load(profile), time.perf_counter(), 0
     while True:
         rows = read(table_path())
-        left = [c for c in study.cells(losses(rows)) if c.key not in rows and (not only or c.method in only)]
+        left = [c for c in study.cells(dev_losses(rows)) if c.key not in rows and (not only or c.method in only)]
         if not left:
             return
         if (limit is not None and count >= limit) or (seconds is not None and time.perf_counter() - started > seconds):
@@ -84,7 +79,7 @@ def run(profile: str, only: list[str], limit: int | None, seconds: float | None)
             elif cell.key not in read(table_path()):
                 began = time.perf_counter()
                 measured = base_row(cell, study.plan) if cell.method == "base" else run_cell(
-                    cell, study.plan, study.task_rate(cell, study.chosen(losses(rows))), scratch())
+                    cell, study.plan, study.task_rate(cell, study.chosen(dev_losses(rows))), scratch())
                 write(table_path(), cell, measured)
                 said = ", ".join(f"{name} {measured[name]:.4g}" for name in
                                  ("exact_match", "test_loss", "dev_loss", "english_ppl", "code_ppl") if name in measured)
@@ -113,7 +108,7 @@ def rerun(profile: str, key: str) -> int:
     row = rows[key]
     cell = Cell(**{name: (float(row[name]) if name in ("ratio", "lr") else int(row[name]) if name == "seed" else row[name])
                    for name in Cell.__dataclass_fields__})
-    measured = run_cell(cell, study.plan, study.task_rate(cell, study.chosen(losses(rows))) or 0.0, scratch())
+    measured = run_cell(cell, study.plan, study.task_rate(cell, study.chosen(dev_losses(rows))) or 0.0, scratch())
     same = measured["train_loss_bits"] == row["train_loss_bits"]
     print(f"{key}: loss {measured['train_loss_bits']}, in the table {row['train_loss_bits']}: {'equal' if same else 'DIFFERENT'}"
           f" (table: {row['device']}, torch {row['torch']})")
@@ -133,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         run(given.profile, given.only, given.limit, given.seconds)
     elif given.verb == "list":
         rows = read(table_path())
-        for cell in Study.load(given.profile).cells(losses(rows)):
+        for cell in Study.load(given.profile).cells(dev_losses(rows)):
             print("done" if cell.key in rows else "todo", cell.key)
     elif given.verb == "rerun":
         if not given.key:

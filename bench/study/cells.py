@@ -53,6 +53,11 @@ class Cell:
         return (self.task, self.method, self.ratio, self.metric, self.representation, self.task_model, self.heads_from)
 
 
+def dev_losses(rows: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
+    """The loss on the development split, by the key of a cell."""
+    return {key: float(row["dev_loss"]) for key, row in rows.items()}
+
+
 @dataclass(frozen=True)
 class Study:
     """A profile of study.json.
@@ -143,17 +148,18 @@ class Study:
         def methods(task: str) -> list[Cell]:
             return [self.first(task, method) for method in plan["tasks"][task]]
 
-        for task in tasks:
-            yield Cell(self.profile, task, "base")
-            for cell in methods(task):
+        def sweeps(variants: Iterable[Cell]) -> Iterator[Cell]:
+            for cell in variants:
                 if self.task_rate(cell, chosen) is not None:
                     yield from self.sweep(cell, losses)[0]
+
+        for task in tasks:
+            yield Cell(self.profile, task, "base")
+            yield from sweeps(methods(task))
             yield from at(plan["first_seeds"], methods(task))
             if task in plan["wide"]:
                 yield from at(plan["first_seeds"], self._metrics(task))
-                for cell in self._ratios(task):
-                    if self.task_rate(cell, chosen) is not None:
-                        yield from self.sweep(cell, losses)[0]
+                yield from sweeps(self._ratios(task))
                 yield from at(plan["first_seeds"], [*self._ratios(task), *self._task_models(task)])
             for source, target in plan["transfer"]:
                 if source == task:

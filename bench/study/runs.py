@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cells import Study
+from .cells import Study, dev_losses
 
 DRAWS = 10_000
 Variant = tuple
@@ -28,6 +28,7 @@ class Runs:
         self.study = Study.load(profile)
         self.plan = self.study.plan
         self.rows = {key: row for key, row in rows.items() if row["profile"] == profile}
+        self.losses = dev_losses(self.rows)
         self.of: dict[Variant, dict[int, dict[str, str]]] = defaultdict(dict)
         for row in self.rows.values():
             if row["method"] == "base" or int(row["seed"]) != self.plan["sweep_seed"]:
@@ -52,9 +53,19 @@ class Runs:
         return {seed: np.array([float(row[column])]) for seed, row in self.of.get(which, {}).items()
                 if row[column] not in ("", "nan")}
 
+    def common(self, first: Variant, second: Variant) -> int:
+        """How many seeds both have."""
+        return len(set(self.of.get(first, {})) & set(self.of.get(second, {})))
+
     def mean(self, which: Variant, column: str) -> float:
         values = list(self.scalars(which, column).values())
         return float(np.mean(values)) if values else math.nan
+
+
+def plain(which: Variant) -> bool:
+    """Not of another score, representation, kind of task model or task's heads than a method is first compared with."""
+    _, _, _, metric, representation, task_model, heads_from = which
+    return metric in ("", "pad") and representation in ("", "projection") and task_model in ("", "full") and not heads_from
 
 
 def variant(row: dict[str, str]) -> Variant:

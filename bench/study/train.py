@@ -125,9 +125,9 @@ class _Trainer:
         self.file_bytes = sum(part.numel * part.param.element_size() for part in bound.params)
         return model, self._optimizer(model.parameters(), heads=bound)
 
-    def _optimizer(self, params, **options) -> HeadAdamW:
+    def _optimizer(self, params, lr: float | None = None, **options) -> HeadAdamW:
         """One optimizer for every method: torch's AdamW with an exact float32 master where weights have 16 bits."""
-        return HeadAdamW(params, lr=self.cell.lr, betas=BETAS, weight_decay=self.plan["weight_decay"], **options)
+        return HeadAdamW(params, lr=lr or self.cell.lr, betas=BETAS, weight_decay=self.plan["weight_decay"], **options)
 
     def _adapted(self, model: nn.Module) -> nn.Module:
         from peft import LoraConfig, ShiraConfig, get_peft_model
@@ -167,7 +167,7 @@ class _Trainer:
             lr *= 10
         if kind == "data10":
             items = items[:max(1, len(items) // 10)]
-        optimizer = HeadAdamW(model.parameters(), lr=lr, betas=BETAS, weight_decay=plan["weight_decay"], **options)
+        optimizer = self._optimizer(model.parameters(), lr, **options)
         self._fit(model, optimizer, items, plan["steps"], lr)
         return model
 
