@@ -132,6 +132,8 @@ def draw(runs: Runs, task: str, folder: Path) -> list[str]:
     axes.set_axisbelow(True)
     axes.set_title(where, fontsize=9)
     pictures.save_figure(figure, folder / f"{task}-methods.png")
+    if task not in runs.plan["tasks"]:  # a few variants, to see what heads are worth on it
+        return [f"{task}-methods.png"]
     figure = pictures.new_figure(6.4, 4.4)
     axes = figure.add_subplot()
     for index, which in enumerate(filter(plain, methods)):
