@@ -6,35 +6,35 @@ Names are loaded on first use: importing this package imports neither triton nor
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+from .version import __version__
 
 _HOMES = {
     "AttentionLayer": "layout",
     "HeadLayout": "layout",
     "HeadSlice": "layout",
     "LayoutError": "layout",
-    "find_heads": "locate",
+    "find_heads": "layout",
     "BoundSelection": "selection",
     "HeadSelection": "selection",
-    "HeadScores": "scores",
+    "HeadScores": "scoring",
     "score_heads": "scoring",
-    "HeadAdamW": "optimizer",
-    "HeadPatch": "patch_file",
-    "save_patch": "patch",
-    "apply_patch": "patch",
-    "revert_patch": "patch",
-    "applied_patches": "patch",
-    "export_lora": "export",
-    "export_merged": "export",
-    "export_sparse": "export",
-    "GuardError": "guarding",
-    "guard": "guarding",
-    "slice_heads": "sliced",
-    "unslice_heads": "sliced",
-    "AlpsCallback": "integrations.callback",
-    "use_heads": "integrations.trainer",
-    "alps_finetune": "integrations.finetune",
-    "paper_arguments": "integrations.finetune",
+    "HeadAdamW": "optim",
+    "HeadPatch": "patching",
+    "save_patch": "patching",
+    "apply_patch": "patching",
+    "revert_patch": "patching",
+    "applied_patches": "patching",
+    "export_lora": "patching",
+    "export_merged": "patching",
+    "export_sparse": "patching",
+    "GuardError": "selection",
+    "guard": "selection",
+    "slice_heads": "slicing",
+    "unslice_heads": "slicing",
+    "AlpsCallback": "integrations",
+    "use_heads": "integrations",
+    "alps_finetune": "integrations",
+    "paper_arguments": "integrations",
 }
 
 __all__ = sorted(_HOMES)

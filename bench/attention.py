@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from alps_kernels.binding import BoundParam, BoundSelection, merge
-from alps_kernels.selection import HeadSelection
+from alps_kernels.selection import BoundParam, BoundSelection, HeadSelection
+from alps_kernels.tensors import merge
 from bench.common import copy_bandwidth, table, write_rows
 from bench.shapes import RATIOS, SHAPES, Shape, heads_of
 

@@ -18,14 +18,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from alps_kernels.binding import BoundSelection
-from alps_kernels.optimizer import HeadAdamW
+from alps_kernels.optim import HeadAdamW
+from alps_kernels.selection import BoundSelection
 from bench.attention import DEVICE, Selected, attention, bound_to, masks_of, sweep
+from bench.baselines import OPTIONS, RIVALS, rival
 from bench.common import gate
 from bench.counting import state_bytes
-from bench.race import Entry, race, rows_of
-from bench.rivals import OPTIONS, RIVALS, rival
 from bench.shapes import Shape
+from bench.timing import Entry, race, rows_of
 
 OURS = "HeadAdamW"
 # The default first: split masters of 16-bit weights and float32 moments. float32 weights have no masters.

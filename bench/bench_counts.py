@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 
-from bench.cases import CASES, Case, prepared
 from bench.common import ENVIRONMENT, gate, table, write_rows
 from bench.counting import Step, count_step
-from bench.methods import LORA, METHODS, SLICED
+from bench.finetune_methods import LORA, METHODS, SLICED
 from bench.shapes import RATIOS
+from bench.workloads import CASES, Case, prepared
 
 COLUMNS = (*ENVIRONMENT, "bench", "case", "method", "ratio", "trained", "saved_bytes", "grad_bytes", "state_bytes",
            "dw_gflop", "backward_gflop", "forward_gflop", "forward_ops", "forward_bytes", "note")

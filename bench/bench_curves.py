@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from alps_kernels import HeadAdamW, HeadSelection, find_heads, slice_heads
 from alps_kernels.demo import chain_sum
+from bench.baselines import rival
 from bench.common import ENVIRONMENT, table, write_rows
 from bench.counting import state_bytes
-from bench.race import Unavailable
-from bench.rivals import rival
+from bench.timing import Unavailable
 
 COLUMNS = (*ENVIRONMENT, "bench", "case", "kind", "step", "loss", "test_loss", "distance", "same", "state_bytes",
            "note")

@@ -17,12 +17,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from alps_kernels.binding import merge
-from alps_kernels.ops import reference
-from alps_kernels.ops.head_grad import head_grad, selected
+from alps_kernels.slicing import head_grad, oracle, selected
+from alps_kernels.tensors import merge
 from bench.common import copy_bandwidth, gate, table, write_rows
-from bench.race import Entry, race, rows_of
 from bench.shapes import RATIOS, SHAPES, Shape
+from bench.timing import Entry, race, rows_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Ranges = tuple[tuple[int, int], ...]
@@ -62,7 +61,7 @@ def run(shape: Shape, part: str, ratio: float, adjacent: bool, tokens: int, dtyp
             f"{'adjacent' if adjacent else 'scattered'}, {n_sel} of {width}, {str(dtype)[6:]}")
 
     found = head_grad(cut, other, ranges, transposed=transposed).double()
-    truth = reference.head_grad(cut.double(), other.double(), ranges, transposed=transposed)
+    truth = oracle.head_grad(cut.double(), other.double(), ranges, transposed=transposed)
     off = ((found - truth).abs().max() / truth.abs().max()).item()
     gate(f"the gradient, {case}", off < (1e-5 if dtype == torch.float32 else 1e-2), f"{off:.1e} of its largest element")
 

@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from alps_kernels.binding import BoundSelection
-from alps_kernels.ops.head_adamw import Launches, head_grad_norm
-from alps_kernels.optimizer import HeadAdamW
+from alps_kernels.ops import Launches, head_grad_norm
+from alps_kernels.optim import HeadAdamW
+from alps_kernels.selection import BoundSelection
 from bench.attention import DEVICE, Selected, masks_of, sweep
 from bench.common import gate
-from bench.race import Entry, race, rows_of
+from bench.timing import Entry, race, rows_of
 
 
 def ours(params: dict[str, nn.Parameter], bound: BoundSelection) -> Entry:

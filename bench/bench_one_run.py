@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 import alps_kernels as alps
 from alps_kernels.demo import chain_sum
 from alps_kernels.demo.run import smollm2, tiny_model
-from alps_kernels.integrations.wrapped import unwrapped
+from alps_kernels.integrations import unwrap_optimizer
 from bench.counting import state_bytes
 
 from .common import ENVIRONMENT, table, write_rows
@@ -37,7 +37,7 @@ def arguments(folder: Path, options: argparse.Namespace, **changes) -> TrainingA
 
 
 def state_mib(optimizer) -> float:
-    return state_bytes(unwrapped(optimizer)) / 2**20
+    return state_bytes(unwrap_optimizer(optimizer)) / 2**20
 
 
 class Watching(Trainer):

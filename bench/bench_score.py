@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 import torch
 
-from alps_kernels.ops.head_delta import METRICS, Segment, head_delta, head_delta_projection
+from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
 from bench.common import copy_bandwidth, gate, measure, table, write_rows
 from bench.shapes import SHAPES, Shape
 

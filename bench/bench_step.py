@@ -13,11 +13,11 @@ from functools import partial
 
 import torch
 
-from bench.cases import CASES, Case, prepared
 from bench.common import gate, table, write_rows
 from bench.counting import state_bytes
-from bench.methods import LORA, METHODS, SLICED
-from bench.race import Entry, Unavailable, race, rows_of
+from bench.finetune_methods import LORA, METHODS, SLICED
+from bench.timing import Entry, Unavailable, race, rows_of
+from bench.workloads import CASES, Case, prepared
 
 
 def entry(case: Case, method: str, ratio: float) -> Entry:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WHOLE = 560  # seconds for all stages together, of which the last one keeps its own
 # Without the options of pyproject.toml: they name plugins that may not be there.
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider",
-          "tests/test_gpu.py", "tests/test_gpu_training.py")
+          "tests/gpu")
 
 
 class Stage(NamedTuple):

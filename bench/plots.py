@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from alps_kernels.pictures import curves, memory_bars, new_figure
+from alps_kernels.scoring import curves, memory_bars, new_figure
 
 MARKS = "osD^vPX*<>"
 LINES = ("-", "--", "-.", ":")

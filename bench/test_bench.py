@@ -7,14 +7,14 @@ Small shapes, for comparing commits on one machine; the figures of docs/results.
 import pytest
 import torch
 
-from alps_kernels.ops.head_delta import head_delta, head_delta_projection
-from alps_kernels.ops.head_grad import head_grad
-from alps_kernels.optimizer import HeadAdamW
-from bench import bench_grad_norm, bench_step, cases
+from alps_kernels.ops import head_delta, head_delta_projection
+from alps_kernels.optim import HeadAdamW
+from alps_kernels.slicing import head_grad
+from bench import bench_grad_norm, bench_step, workloads as cases
 from bench.attention import DEVICE, attention, bound_to
+from bench.baselines import OPTIONS
 from bench.bench_dw import ranges_of
 from bench.bench_score import layer_of
-from bench.rivals import OPTIONS
 from bench.shapes import RATIOS, Shape, heads_of
 
 SHAPE = Shape("small", 4, 576, 9, 3, 64)  # four layers of SmolLM2-135M

@@ -4,8 +4,16 @@ import triton
 import triton.language as tl
 
 from .numerics import (
-    adamw_step, decode8, encode8, encode8_stochastically, join_bf16, join_fp16, random16, round_stochastically,
-    split_bf16, split_fp16,
+    adamw_step,
+    decode8,
+    encode8,
+    encode8_stochastically,
+    join_bf16,
+    join_fp16,
+    random16,
+    round_stochastically,
+    split_bf16,
+    split_fp16,
 )
 
 # Columns of the tables that the host fills; `alps_kernels.ops.adamw_tables` names them.

@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 
 from .delta_sums import (
-    SCAN_FIELDS, STAT_FIELDS, add_products, bound, halves, last_of_8, lengths, load_start, step, store_scan, store_stats,
+    SCAN_FIELDS,
+    STAT_FIELDS,
+    add_products,
+    bound,
+    halves,
+    last_of_8,
+    lengths,
+    load_start,
+    step,
+    store_scan,
+    store_stats,
     sum_all,
 )
 from .numerics import LOG2E, TAYLOR, expm1_less

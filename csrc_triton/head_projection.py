@@ -4,7 +4,16 @@ import triton
 import triton.language as tl
 
 from .delta_sums import (
-    SCAN_FIELDS, STAT_FIELDS, bound, last_of_8, lengths, load_start, step, store_scan, store_stats, sum_all,
+    SCAN_FIELDS,
+    STAT_FIELDS,
+    bound,
+    last_of_8,
+    lengths,
+    load_start,
+    step,
+    store_scan,
+    store_stats,
+    sum_all,
 )
 from .numerics import LOG2E, TAYLOR, expm1_less
 

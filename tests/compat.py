@@ -21,9 +21,10 @@ ENVIRONMENTS = {
     "python3.12": ("python3.12", ["torch", "transformers"]),
     "python3.13": ("python3.13", ["torch", "transformers"]),
 }
-TESTS = ["tests/test_selection.py", "tests/test_scores.py", "tests/test_layout.py", "tests/test_optimizer.py",
-         "tests/test_optimizer_state.py", "tests/test_sliced.py", "tests/test_patch.py", "tests/test_import_cost.py",
-         "tests/reliability/test_guard.py", "tests/reliability/test_bad_input.py"]
+TESTS = ["tests/selection", "tests/scoring/test_scores.py", "tests/layout/test_find_heads.py",
+         "tests/optim/test_head_adamw.py", "tests/optim/test_state_dict.py", "tests/slicing/test_slice_heads.py",
+         "tests/patching/test_apply.py", "tests/house/test_import_cost.py", "tests/reliability/test_guard.py",
+         "tests/reliability/test_bad_input.py"]
 
 
 def attempt(name: str, folder: Path, tests: list[str]) -> bool:

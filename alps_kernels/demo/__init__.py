@@ -1,0 +1,1 @@
+"""The whole method on one small model, in one run. Imports: tensors, selection, weights, scoring, optim."""

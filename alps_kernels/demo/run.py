@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import pictures
-from ..binding import BoundSelection
-from ..files import write_json
-from ..optimizer import HeadAdamW
-from ..scoring import score_heads
+from ..optim import HeadAdamW
+from ..scoring import plots as pictures, score_heads
+from ..selection import BoundSelection
+from ..tensors import write_json
 from ..weights import ModelWeights
 from . import chain_sum, text
 

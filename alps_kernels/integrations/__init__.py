@@ -1,0 +1,9 @@
+"""Trainer, callback, fine-tuning. Imports: tensors, ops, layout, selection, weights, scoring, optim, slicing."""
+
+from .callback import AlpsCallback
+from .finetune import alps_finetune, paper_arguments
+from .start import restore
+from .trainer import use_heads
+from .wrapped import unwrap_optimizer
+
+__all__ = ["AlpsCallback", "alps_finetune", "paper_arguments", "restore", "unwrap_optimizer", "use_heads"]

@@ -14,18 +14,15 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
-from ..binding import BoundSelection
-from ..locate import find_heads
-from ..mirrors import mirror_of
-from ..ops.head_delta import METRICS
-from ..optimizer import HeadAdamW
-from ..representation import REPRESENTATIONS
-from ..scores import HeadScores
-from ..scoring import score_heads
-from ..selection import REST, HeadSelection, remember, top_count
+from ..layout import find_heads
+from ..ops import METRICS
+from ..optim import HeadAdamW
+from ..scoring import REPRESENTATIONS, HeadScores, score_heads
+from ..selection import REST, BoundSelection, HeadSelection, remember, top_count
+from ..tensors import synced_slice_of
 from ..weights import ModelWeights
 from .start import START_FILE, digest, read_start, restore, write_start
-from .wrapped import FollowingHeadAdamW, masters, refuse_sharded, report, trained_share, unwrapped
+from .wrapped import FollowingHeadAdamW, masters, refuse_sharded, report, trained_share, unwrap_optimizer
 
 RESTORE = ("base", "keep")
 SCORES_FILE, HEADS_FILE = "alps_scores.json", "alps_heads.json"
@@ -105,7 +102,7 @@ class AlpsCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any,
                        **kwargs: Any) -> None:
-        optimizer = unwrapped(optimizer)
+        optimizer = unwrap_optimizer(optimizer)
         self._check(args, state, optimizer)
         warm = self.prepare(model)
         if state.global_step == 0:
@@ -135,7 +132,7 @@ class AlpsCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **kwargs: Any) -> None:
         if self.heads is None and state.global_step >= self.options["warmup_steps"]:
-            self._switch(args, state, model, unwrapped(optimizer))
+            self._switch(args, state, model, unwrap_optimizer(optimizer))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best = state.best_global_step
@@ -152,7 +149,7 @@ class AlpsCallback(TrainerCallback, ExportableState):
             LayoutError: the heads of `model` cannot be located.
             ValueError: it is sliced already.
         """
-        if sliced := [name for name, param in model.named_parameters() if mirror_of(param) is not None]:
+        if sliced := [name for name, param in model.named_parameters() if synced_slice_of(param) is not None]:
             raise ValueError(f"{sliced[0]} is a slice: AlpsCallback warms up all heads, give it the model unsliced "
                              "(unslice_heads)")
         layout = find_heads(model)

@@ -17,15 +17,13 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from .. import __version__
-from ..files import read_json, write_json
-from ..locate import find_heads
-from ..optimizer import HeadAdamW
-from ..scores import HeadScores
-from ..scoring import score_heads
+from ..layout import find_heads
+from ..optim import HALVES, HeadAdamW
+from ..scoring import HeadScores, score_heads
 from ..selection import HeadSelection
-from ..sliced import slice_heads, unslice_heads
-from ..state import HALVES
+from ..slicing import slice_heads, unslice_heads
+from ..tensors import read_json, write_json
+from ..version import __version__
 from .callback import HEADS_FILE, SCORES_FILE, check_options
 from .start import digest
 from .trainer import use_heads

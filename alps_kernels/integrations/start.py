@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..binding import BoundParam, BoundSelection, complement, merge
-from ..files import replacing
+from ..selection import BoundParam, BoundSelection
+from ..tensors import complement, merge, replacing
 
 START_FILE = "alps_start.safetensors"
 

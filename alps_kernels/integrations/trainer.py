@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..binding import BoundSelection
-from ..optimizer import HeadAdamW
-from ..selection import HeadSelection, selection_of
+from ..optim import HeadAdamW
+from ..selection import BoundSelection, HeadSelection, selection_of
 from .callback import AlpsCallback
-from .wrapped import FollowingHeadAdamW, refuse_sharded, report, trained_share, unwrapped
+from .wrapped import FollowingHeadAdamW, refuse_sharded, report, trained_share, unwrap_optimizer
 
 # Options of HeadAdamW that the TrainingArguments decide, and what they are called there.
 THEIRS = {"lr": "learning_rate", "betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon",
@@ -89,7 +88,7 @@ class _Share(TrainerCallback):
         self.log = log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
-        inner = unwrapped(optimizer)
+        inner = unwrap_optimizer(optimizer)
         if not isinstance(inner, HeadAdamW) or inner.heads is None:
             raise TypeError(f"the Trainer made {type(inner).__name__} and not the HeadAdamW that use_heads gave it")
         if state.global_step == 0:  # a resumed run has it in its history
@@ -105,7 +104,7 @@ class _Clip:
     @torch.no_grad()
     def __call__(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
         self.trainer.accelerator.unscale_gradients()
-        parts = [part for part in unwrapped(self.trainer.optimizer).heads.params if part.param.grad is not None]
+        parts = [part for part in unwrap_optimizer(self.trainer.optimizer).heads.params if part.param.grad is not None]
         blocks = [block for part in parts for block in part.blocks(part.param.grad)]
         norm = torch.nn.utils.get_total_norm(blocks, norm_type)
         if max_norm != float("inf"):

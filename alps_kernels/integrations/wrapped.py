@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..binding import BoundParam, BoundSelection, merge
-from ..ops.reference_rounding import join
-from ..optimizer import HeadAdamW
-from ..state import LOW
+from ..ops import join
+from ..optim import LOW, HeadAdamW
+from ..selection import BoundParam, BoundSelection
+from ..tensors import merge
 
 
 class FollowingHeadAdamW(HeadAdamW):
@@ -55,7 +55,7 @@ def _within(part: BoundParam, outer: BoundParam) -> bool:
     return outer.full or (part.dim == outer.dim and merge((*part.ranges, *outer.ranges)) == outer.ranges)
 
 
-def unwrapped(optimizer: Any) -> Any:
+def unwrap_optimizer(optimizer: Any) -> Any:
     """The optimizer inside Accelerate's wrapper."""
     while not isinstance(optimizer, HeadAdamW) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alps_kernels import pictures
+from alps_kernels.scoring import plots as pictures
 
 from .runs import NAMES, Runs, claims, interval, label, plain
 

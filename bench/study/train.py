@@ -18,7 +18,7 @@ from torch import nn
 
 from alps_kernels import HeadAdamW, HeadScores, HeadSelection, find_heads, score_heads
 from alps_kernels.demo.run import smollm2, tiny_model
-from alps_kernels.integrations.start import restore
+from alps_kernels.integrations import restore
 from bench.counting import state_bytes
 
 from .cells import Cell

@@ -31,7 +31,7 @@ def read_scores(data: bytes, suffix: str = ".json") -> None:
     """A file of scores; what is read is written and read again, unchanged."""
     import torch
 
-    from alps_kernels.scores import HeadScores
+    from alps_kernels.scoring import HeadScores
 
     path = FILE.with_suffix(suffix)
     path.write_bytes(data)
@@ -49,7 +49,7 @@ def read_tensors(data: bytes) -> None:
 
 def read_patch(data: bytes) -> None:
     """A head patch."""
-    from alps_kernels.patch_file import HeadPatch
+    from alps_kernels.patching import HeadPatch
 
     path = FILE.with_suffix(".safetensors")
     path.write_bytes(data)
@@ -58,7 +58,7 @@ def read_patch(data: bytes) -> None:
 
 def read_index(data: bytes) -> None:
     """The index of a checkpoint's shards: it may name files that are not there, never files elsewhere."""
-    from alps_kernels.integrations.tensorfiles import TensorFiles
+    from alps_kernels.weights import TensorFiles
 
     path = FILE.with_name("model.safetensors.index.json")
     path.write_bytes(data)
@@ -109,10 +109,9 @@ def main() -> None:
     import transformers  # noqa: F401
 
     with atheris.instrument_imports(include=["alps_kernels"]):
-        import alps_kernels.integrations.tensorfiles
-        import alps_kernels.patch_file
-        import alps_kernels.scores
-        import alps_kernels.selection  # noqa: F401
+        import alps_kernels.patching.patch
+        import alps_kernels.scoring.scores
+        import alps_kernels.selection.selection  # noqa: F401
     corpus = SEEDS / "corpus"
     seeds(target, corpus)
     atheris.Setup([*sys.argv, f"-artifact_prefix={os.getcwd()}/", str(corpus)], lambda data: attempt(target, data) and None)

@@ -7,6 +7,6 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.exit("tests/interpreted needs its own process: TRITON_INTERPRET=1 pytest tests/interpreted", returncode=2)
 
-from tests.interpreter import patch
+from tests.support.interpreter import patch
 
 patch()

@@ -6,13 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from alps_kernels.binding import BoundParam
-from alps_kernels.mirrors import mirror_of
-from alps_kernels.ops import adamw_tables, head_adamw
-from alps_kernels.ops.head_adamw import head_grad_norm
-from alps_kernels.optimizer import HeadAdamW
-from tests.optimizer_cases import (
-    assert_frozen, bind, fill_grads, make, mirrored_module, oracle, run, same_bytes, selection, snapshot, toy,
+from alps_kernels.ops import head_grad_norm
+from alps_kernels.ops.adamw import op as head_adamw, tables as adamw_tables
+from alps_kernels.optim import HeadAdamW
+from alps_kernels.selection import BoundParam
+from alps_kernels.tensors import synced_slice_of
+from tests.optim.cases import (
+    assert_frozen,
+    bind,
+    fill_grads,
+    make,
+    mirrored_module,
+    oracle,
+    run,
+    same_bytes,
+    selection,
+    snapshot,
+    toy,
 )
 
 EIGHT = "8bit"
@@ -25,7 +35,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 def pair(dtype, ranges, seed=0, **options):
     """The same run on the kernel and on the reference: (params, optimizer) of each."""
     made = []
-    for backend in ("triton", "reference"):
+    for backend in ("triton", "torch"):
         params, _ = toy(dtype, seed=seed)
         optimizer = make(params, selection(params, **ranges), **options)
         optimizer._backend = backend
@@ -104,11 +114,11 @@ def test_tiles_of_any_size_give_the_same_bits(ranges, moments, monkeypatch):
         params, optimizer = large("triton", ranges, master="stochastic", moment_dtype=moments)
         results.append([*params.values(), *(t for s in optimizer.state.values() for t in list(s.values())[1:])])
     assert all(same_bytes(a, b) and same_bytes(a, c) for a, b, c in zip(*results, strict=True))
-    agree(params, large("reference", ranges, master="stochastic", moment_dtype=moments)[0], torch.bfloat16)
+    agree(params, large("torch", ranges, master="stochastic", moment_dtype=moments)[0], torch.bfloat16)
 
 
 @pytest.mark.parametrize("dim, ranges", [(0, ((0, 8), (16, 40))), (1, ((8, 24), (40, 48))), (1, ((3, 10), (20, 33)))])
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("dtype, master, moments", [
     (torch.float32, None, torch.float32), (torch.bfloat16, "split", EIGHT), (torch.bfloat16, "stochastic", torch.bfloat16),
 ], ids=str)
@@ -123,11 +133,11 @@ def test_a_leaf_writes_its_weight_and_moves_as_the_unsliced_weight(dim, ranges, 
     ours._backend = plain._backend = backend
     for step in range(3):
         whole.grad = torch.randn(48, 56, generator=torch.Generator().manual_seed(step)).to(dtype)
-        leaf.grad = mirror_of(leaf).cut(whole.grad)
+        leaf.grad = synced_slice_of(leaf).cut(whole.grad)
         ours.step()
         plain.step()
-        assert not mirror_of(leaf).stale(module.weight, leaf), "the projection would copy again"
-    assert same_bytes(module.weight, whole) and same_bytes(leaf, mirror_of(leaf).cut(whole))
+        assert not synced_slice_of(leaf).stale(module.weight, leaf), "the projection would copy again"
+    assert same_bytes(module.weight, whole) and same_bytes(leaf, synced_slice_of(leaf).cut(whole))
     assert all(same_bytes(a.reshape(-1), b) for a, b in zip(list(ours.state[leaf].values())[1:],
                                                              list(plain.state[whole].values())[1:], strict=True))
 
@@ -149,7 +159,7 @@ def test_the_split_master_is_bit_equal_to_the_reference_run():
     (params, optimizer), (other, plain) = pair(torch.bfloat16, ALIGNED, lr=2e-5)
     for p, o in ((params, optimizer), (other, plain)):
         run(p, o, o.heads, 3)
-    from alps_kernels.ops.reference_rounding import join
+    from alps_kernels.ops import join
 
     for part in optimizer.heads.params:
         mine, theirs = (join(part.cut(p[part.name].detach()), o.state[p[part.name]]["master_lo"].reshape(-1))
@@ -159,7 +169,7 @@ def test_the_split_master_is_bit_equal_to_the_reference_run():
 
 def test_maximize_zero_beta_and_groups_of_their_own():
     made = []
-    for backend in ("triton", "reference"):
+    for backend in ("triton", "torch"):
         params, bound = toy()
         groups = [dict(params=[params["rows"], params["frozen"]], maximize=True, betas=(0.0, 0.9), eps=1e-3),
                   dict(params=[params["cols"], params["all"], params["bias"]], lr=0.3, weight_decay=0.5, betas=(0.4, 0.99))]
@@ -202,7 +212,7 @@ def test_the_gradient_norm_is_of_the_selection_and_repeats():
 
 
 def test_skip_flag_of_the_device_moves_nothing():
-    from alps_kernels.ops.head_adamw import head_adamw_
+    from alps_kernels.ops import head_adamw_
 
     (params, optimizer), _ = pair(torch.float32, ALIGNED)
     caught = []
@@ -219,7 +229,7 @@ def test_strided_rows_and_gradients_of_another_layout():
     torch.manual_seed(0)
     base, grads = torch.randn(40, 40), torch.randn(3, 40, 48)
     results = []
-    for backend in ("triton", "reference"):
+    for backend in ("triton", "torch"):
         memory = base.clone()
         param = nn.Parameter(memory[:, :32])  # rows with a stride
         optimizer = HeadAdamW([param], lr=1e-2, heads=bind(BoundParam("w", param, 0, ((4, 21), (30, 40)))))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.interpreted import test_head_adamw as checks
-from tests.mutants import plant_kernel
+from tests.support.mutants import plant_kernel
 
 
 def kernel(dtype, master, moments, amsgrad, ranges=checks.ALIGNED):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from alps_kernels.ops import delta_tables, reference
+from alps_kernels.ops.delta import cpu, tables as delta_tables
 from tests.interpreted import test_head_delta_kernel as checks
 from tests.interpreted.test_head_delta_kernel import small_tiles  # noqa: F401, the fixture
-from tests.mutants import plant, plant_kernel
+from tests.support.mutants import plant, plant_kernel
 
 KERNELS, SUMS, PROJECTION, NUMERICS = "head_delta.py", "delta_sums.py", "head_projection.py", "numerics.py"
 tiles = lambda: checks.test_every_metric_equals_the_oracle(16, 40, "", torch.float32)  # noqa: E731
@@ -78,8 +78,8 @@ def kernels_alone(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("left to the reference")
 
-    monkeypatch.setattr(reference, "head_delta", refuse)
-    monkeypatch.setattr(reference, "head_delta_projection", refuse)
+    monkeypatch.setattr(cpu, "head_delta", refuse)
+    monkeypatch.setattr(cpu, "head_delta_projection", refuse)
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from alps_kernels.ops import delta_tables, reference
-from alps_kernels.ops.head_delta import METRICS, Segment, head_delta, head_delta_projection
-from tests.delta_oracle import oracle, projection_oracle, stored_oracle
+from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
+from alps_kernels.ops.delta import cpu, tables as delta_tables
+from tests.ops.delta_oracle import oracle, projection_oracle, stored_oracle
 
 TOLERANCE = 1e-6  # relative, every metric; DESIGN asks for 1.5e-5 and aims at this
 LEFT_OVER = {
@@ -28,8 +28,8 @@ def left_over(request, monkeypatch):
     """The kernels leave no head to the reference but in tests of such heads."""
     heads = []
     for name in ("head_delta", "head_delta_projection"):
-        plain = getattr(reference, name)
-        monkeypatch.setattr(reference, name, lambda layers, metrics, plain=plain, **options: (
+        plain = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda layers, metrics, plain=plain, **options: (
             heads.extend(layers[0][0].index), plain(layers, metrics, **options))[1])
     yield
     assert not heads or request.node.originalname in LEFT_OVER

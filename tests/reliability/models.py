@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from alps_kernels.locate import find_heads
-from alps_kernels.optimizer import HeadAdamW
+from alps_kernels.layout import find_heads
+from alps_kernels.optim import HeadAdamW
 from alps_kernels.selection import HeadSelection
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,

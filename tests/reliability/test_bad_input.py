@@ -5,15 +5,14 @@ import math
 import pickle
 import struct
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import alps_kernels as alps
-from alps_kernels.binding import BoundParam
+from alps_kernels.selection import BoundParam
 
-from .models import bytes_of, assert_same, loss_of, some_heads, tiny
+from .models import assert_same, bytes_of, some_heads, tiny
 
 pytestmark = pytest.mark.fault("Bad input")
 

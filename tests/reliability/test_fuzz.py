@@ -7,12 +7,11 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import alps_kernels as alps
-from alps_kernels.ops.head_delta import METRICS
-from tests import census_oracle
+from alps_kernels.ops import METRICS
+from tests.census import oracle as census_oracle
 from tests.fuzz import readers
 
 from .models import same, tiny

@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 import alps_kernels as alps
-from alps_kernels import guarding
-from alps_kernels.binding import BoundSelection
-from alps_kernels.layout import as_matrix
-from tests.mutants import plant
+from alps_kernels.selection import BoundSelection, frozen_guard as guarding
+from alps_kernels.tensors import as_matrix
+from tests.support.mutants import plant
 
 from .models import FAMILIES, optimizer_of, some_heads, tiny, train
 

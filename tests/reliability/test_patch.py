@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from alps_kernels import HeadPatch, apply_patch, patch, revert_patch, save_patch
-from alps_kernels.mirrors import mirrors_in
-from alps_kernels.patch import applied_patches
+from alps_kernels import HeadPatch, apply_patch, revert_patch, save_patch
+from alps_kernels.patching import applied_patches, apply as patch
 from alps_kernels.selection import selection_of
-from alps_kernels.sliced import slice_heads
-from tests.mutants import plant
-from tests.patch_cases import build, pick, same_bytes, snapshot, tune
+from alps_kernels.slicing import slice_heads
+from alps_kernels.tensors import synced_slices_in
+from tests.patching.cases import build, pick, same_bytes, snapshot, tune
+from tests.support.mutants import plant
 
 from .injected import FailingOp, Injected, failing_line, torch_oom
 
@@ -58,7 +58,7 @@ def prepared(case, action):
 def same(model, state):
     snap, names, selection = state
     return (same_bytes(model, snap) and applied_patches(model) == names and selection_of(model) == selection
-            and all(torch.equal(mirror.leaf, mirror.cut(mirror.weight)) for _, mirror in mirrors_in(model)))
+            and all(torch.equal(mirror.leaf, mirror.cut(mirror.weight)) for _, mirror in synced_slices_in(model)))
 
 
 @pytest.mark.fault("All or nothing")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from . import report
+from tests.reliability import report
 
 
 def test_the_page_is_what_is_collected(pytestconfig):

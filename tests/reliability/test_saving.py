@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import alps_kernels as alps
-from alps_kernels import files
+from alps_kernels.tensors import files
 
 from .models import optimizer_of, some_heads, tiny, train
 

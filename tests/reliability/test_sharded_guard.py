@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import alps_kernels as alps
-from alps_kernels.placement import is_sharded, local
-from tests import ranks
-from tests.sharded_cases import heads_of, model_of, set_grads, shard
+from alps_kernels.tensors import is_sharded, local
+from tests.support import ranks
+from tests.support.sharded_cases import heads_of, model_of, set_grads, shard
 
 from .models import some_heads, tiny
 
@@ -37,7 +37,7 @@ def watched(kind, rank):
     before = local(part.param.data).clone()
     local(part.param.data).view(torch.int32).bitwise_xor_(1)  # every row that this rank holds, trained or not
     seen = sum(stop - start for change in guard.changes() for start, stop in change.rows)
-    from alps_kernels.sharding import part_here
+    from alps_kernels.selection import part_here
 
     inside = sum(stop - start for start, stop in part_here(part).ranges)
     if seen != len(before) - inside:

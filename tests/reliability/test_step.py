@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import alps_kernels as alps
-from alps_kernels.ops import reference_adamw
-from tests.mutants import plant
-from tests.optimizer_cases import fill_grads, make, masks, run, snapshot, toy
+from alps_kernels.ops.adamw import cpu as reference_adamw
+from tests.optim.cases import fill_grads, make, masks, run, snapshot, toy
+from tests.support.mutants import plant
 
 from .injected import FailingOp, Injected, failing_line, torch_oom
 from .models import assert_same, bytes_of, loss_of, optimizer_of, same, some_heads, state_of, tiny, train

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import alps_kernels as alps
-
-from alps_kernels import cautions, optimizer as optimizer_module, selection
-from tests.mutants import plant
+from alps_kernels.optim import checks as cautions, head_adamw as optimizer_module
+from alps_kernels.selection import selection
+from tests.support.mutants import plant
 
 from .models import loss_of, optimizer_of, some_heads, tiny, train
 

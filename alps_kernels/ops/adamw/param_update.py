@@ -1,0 +1,177 @@
+"""What one AdamW step takes for each parameter: the arguments of `head_adamw_`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...tensors import as_matrix, is_sharded, local
+
+
+class Block(NamedTuple):
+    """A rectangle of a parameter that trains, and where its state lies in the compact state.
+
+    Attributes:
+        dim: the axis that is cut, 0 rows or 1 columns of the parameter seen as [shape[0], -1].
+        start, stop: the half-open range along `dim`.
+        offset: the position of its first element in the state.
+        stride: elements of state from one of its rows to the next.
+        span: which of the parameter's step counts is its.
+        mirror: where along `dim` the block begins in the parameter's mirror.
+    """
+
+    dim: int
+    start: int
+    stop: int
+    offset: int
+    stride: int
+    span: int = 0
+    mirror: int = 0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The block as a 2-D view of `tensor`, which has the parameter's shape."""
+        return as_matrix(tensor).narrow(self.dim, self.start, self.stop - self.start)
+
+    def of_mirror(self, weight: Tensor) -> Tensor:
+        """The block's place in the mirror, a 2-D view."""
+        return as_matrix(weight).narrow(self.dim, self.mirror, self.stop - self.start)
+
+    def of_state(self, compact: Tensor, shape: torch.Size) -> Tensor:
+        """The block's state as a view [rows, cols] of a compact state tensor, [numel]."""
+        return compact.as_strided(shape, (self.stride, 1), compact.storage_offset() + self.offset)
+
+
+class Hyper(NamedTuple):
+    """The numbers of one step of one parameter (or block), float64 on the host.
+
+    With t the step that is being taken, c = 1 - beta^t:
+    decay 1 - lr weight_decay, weight 1 - beta, root2 sqrt(c2), step_size lr / c1, sign -1 to
+    maximize.
+    """
+
+    decay: float
+    weight1: float
+    beta2: float
+    weight2: float
+    root2: float
+    eps: float
+    step_size: float
+    sign: float
+    step: float
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], step: float) -> Hyper:
+        """The numbers of step `step` (1, 2, ...), in the order in which torch computes them."""
+        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+        return cls(1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5,
+                   group["eps"], lr / (1 - beta1**step), -1.0 if group["maximize"] else 1.0, step)
+
+
+@dataclass
+class Numbers:
+    """The numbers of one step, of all its parameters; `Update.row` says which are whose.
+
+    Attributes:
+        rows: of parameters whose step the host counts.
+        tables: float64 [n, len(Hyper)], of those whose step only their device knows (`capturable`).
+    """
+
+    rows: list[Hyper] = field(default_factory=list)
+    tables: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def of(self, update: Update) -> list[Hyper]:
+        """A parameter's rows; waits for its device where that counts."""
+        rows = slice(update.row, update.row + update.n_rows)
+        if not update.counts_on_device:
+            return self.rows[rows]
+        return [Hyper(*row) for row in self.tables[update.param.device][rows].tolist()]
+
+
+def numbers_on_device(group: Mapping[str, Any], steps: Tensor) -> Tensor:
+    """`Hyper.of` in tensor operations, one row for each of `steps` (float64), on their device."""
+    lr = group["lr"].to(steps) if isinstance(group["lr"], Tensor) else torch.full_like(steps, group["lr"])
+    beta1, beta2 = map(float, group["betas"])
+    ones = torch.ones_like(steps)
+    return torch.stack([
+        1 - ones * lr * group["weight_decay"], ones * (1 - beta1), ones * beta2, ones * (1 - beta2),
+        (1 - beta2**steps).sqrt(), ones * group["eps"], lr / (1 - beta1**steps),
+        -ones if group["maximize"] else ones, steps,
+    ], 1)
+
+
+@dataclass(eq=False)
+class Update:
+    """One parameter of one step; kept for the next one, which may change `grad` and nothing else.
+
+    Attributes:
+        name: for errors.
+        param, grad: same shape; outside the blocks neither is read or written. Of DTensors, here
+            and in the state, the shards of this rank are taken.
+        blocks: what trains; None: the whole parameter, and state of the parameter's shape.
+        exp_avg, exp_avg_sq, max_exp_avg_sq: the state; the last only with amsgrad.
+        low: what 16 bits of the parameter do not hold: int16 for "split", of the parameter's
+            dtype for "kahan", None otherwise.
+        master: None, "split", "kahan" or "stochastic"; only where the parameter has 16 bits.
+        stream: which stream of random bits is this parameter's.
+        row, n_rows: its rows of `Numbers`: one for all blocks, or one for each span of blocks.
+        counts_on_device: its rows are in `Numbers.tables`.
+        scales: of 8-bit exp_avg (int8) and exp_avg_sq (uint8), float32, one for 64 elements of
+            a block, block after block; None for other moments.
+        step: the parameter's step count, where this step is to advance it.
+        owner, sharded: the parameter as the optimizer knows it; whether `param` is a shard of it.
+        mirror: a weight of the parameter's dtype that holds the same values at
+            `Block.mirror`; the step writes them there too.
+    """
+
+    name: str
+    param: Tensor
+    grad: Tensor
+    blocks: tuple[Block, ...] | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None = None
+    low: Tensor | None = None
+    master: str | None = None
+    stream: int = 0
+    row: int = 0
+    n_rows: int = 1
+    counts_on_device: bool = False
+    scales: tuple[Tensor, Tensor] | None = None
+    mirror: Tensor | None = None
+    step: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.owner, self.sharded = self.param, is_sharded(self.param)
+        if self.sharded:
+            self.param, self.grad = local(self.param), local(self.grad)
+            self.exp_avg, self.exp_avg_sq = local(self.exp_avg), local(self.exp_avg_sq)
+            self.max_exp_avg_sq, self.low = (t if t is None else local(t) for t in (self.max_exp_avg_sq, self.low))
+
+    @cached_property
+    def launch(self) -> tuple:
+        """What tensors share that share a launch."""
+        return (self.param.device, self.param.dtype, self.grad.dtype, self.exp_avg.dtype, self.master,
+                self.max_exp_avg_sq is not None, self.counts_on_device)
+
+    @property
+    def launchable(self) -> bool:
+        """The kernel can address it: contiguous where all of it trains, else with contiguous rows."""
+        tensors = (self.param, self.grad) if self.mirror is None else (self.param, self.grad, self.mirror)
+        if torch.float64 in (self.param.dtype, self.grad.dtype):
+            return False
+        if self.blocks is None:
+            return all(t.is_contiguous() for t in tensors)
+        return all(t.is_contiguous() or t.ndim == 1 or (t.ndim == 2 and t.stride(1) == 1) for t in tensors)
+
+    def parts(self, numbers: Numbers) -> list[tuple[Hyper, list[Block | None]]]:
+        """The blocks that share their numbers, None for the whole parameter."""
+        blocks = list(self.blocks) if self.blocks is not None else [None]
+        rows = numbers.of(self)
+        if len(rows) == 1:
+            return [(rows[0], blocks)]
+        return [(row, [block for block in blocks if block.span == span]) for span, row in enumerate(rows)]

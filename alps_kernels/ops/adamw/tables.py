@@ -1,0 +1,146 @@
+"""The tables of the AdamW kernel: which tile is whose, where everything lies, and the step's numbers."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...tensors import as_matrix
+from .param_update import Block, Hyper, Update
+
+TILE = 1024  # elements: 8 for each thread of 4 warps
+VECTOR = 8  # elements: 16 bytes of a 16-bit type
+QUANTUM = 64  # elements of 8-bit moments that share a scale
+ROOT2 = Hyper._fields.index("root2")
+
+
+class Tile(NamedTuple):
+    """A row of the work list: `limit` elements of a rectangle, row after row; all counts in elements.
+
+    Element k lies in row (first + k) // width and column (first + k) % width; the offsets are
+    those of row 0 and column 0 in param, grad, state and mirror. A flat run is one row.
+    """
+
+    param: int
+    hyper: int
+    p_off: int
+    g_off: int
+    s_off: int
+    p_stride: int
+    g_stride: int
+    s_stride: int
+    first: int
+    width: int
+    limit: int
+    scale: int  # the first of its scales
+    w_off: int
+    w_stride: int
+
+
+LENGTHS = [i for i, name in enumerate(Tile._fields) if name not in ("param", "hyper", "scale")]
+
+
+class Pointers(NamedTuple):
+    """A row of the pointer table: addresses, 0 for none; then the first row of numbers, stream and seed."""
+
+    param: int
+    grad: int
+    exp_avg: int
+    exp_avg_sq: int
+    max_exp_avg_sq: int
+    low: int
+    exp_avg_scale: int
+    exp_avg_sq_scale: int
+    mirror: int
+    hyper: int
+    stream: int
+    seed: int
+
+
+WIDE = [i for i, name in enumerate(Pointers._fields[:9]) if not name.endswith("scale")]  # read 16 bytes at a time
+
+
+def tiles_of(update: Update, param: int) -> Tensor:
+    """The tiles of one parameter, int64 [n, len(Tile)]."""
+    whole = update.param.numel()
+    if update.blocks is None:
+        return _tiles(Tile(param, 0, 0, 0, 0, 0, 0, 0, 0, whole, 0, 0, 0, 0), 1, whole)
+    pieces, scale = [], 0
+    n_rows, n_cols = as_matrix(update.param).shape
+    strides = [as_matrix(update.param).stride(0), as_matrix(update.grad).stride(0)]
+    w_stride = 0 if update.mirror is None else as_matrix(update.mirror).stride(0)
+    for block in update.blocks:
+        starts = [_start(block, stride) for stride in strides]
+        w_start = 0 if update.mirror is None else _start(block._replace(start=block.mirror), w_stride)
+        size = block.stop - block.start
+        height, width = (size, n_cols) if block.dim == 0 else (n_rows, size)
+        if {*strides, block.stride, w_stride or width} == {width} or height == 1:
+            height, width = 1, height * width
+        pieces.append(_tiles(Tile(param, block.span if update.n_rows > 1 else 0, *starts, block.offset, *strides,
+                                  block.stride, 0, width, 0, scale, w_start, w_stride), height, width))
+        scale += n_scales(block, update.param)
+    return torch.cat(pieces) if pieces else torch.empty(0, len(Tile._fields), dtype=torch.int64)
+
+
+def _start(block: Block, stride: int) -> int:
+    return block.start * (stride if block.dim == 0 else 1)
+
+
+def _tiles(first: Tile, height: int, width: int) -> Tensor:
+    """The tiles of a rectangle whose row 0 and column 0 lie where `first` says."""
+    n = height * width
+    at = torch.arange(0, n, TILE, dtype=torch.int64)
+    tiles = {name: torch.full_like(at, value) for name, value in first._asdict().items()}
+    for name in ("p", "g", "s", "w"):
+        tiles[f"{name}_off"] += at if height == 1 else at // max(width, 1) * tiles[f"{name}_stride"]
+    if height == 1:  # tiles of one row each: strides and width mean nothing
+        for name in ("p_stride", "g_stride", "s_stride", "w_stride", "width"):
+            tiles[name].fill_(TILE)
+    else:
+        tiles["first"] = at % max(width, 1)
+    tiles["limit"] = (n - at).clamp(max=TILE)
+    tiles["scale"] += at // QUANTUM
+    return torch.stack([tiles[name] for name in Tile._fields], 1)
+
+
+def n_scales(block: Block | None, param: Tensor) -> int:
+    """How many scales the 8-bit moments of a block have; None: of the whole parameter."""
+    rows, cols = as_matrix(param).shape
+    if block is not None:
+        rows, cols = (block.stop - block.start, cols) if block.dim == 0 else (rows, block.stop - block.start)
+    return -(-rows * cols // QUANTUM)
+
+
+def pointers_of(update: Update, seed: int) -> Pointers:
+    tensors = (update.param, update.grad, update.exp_avg, update.exp_avg_sq, update.max_exp_avg_sq, update.low,
+               *(update.scales or (None, None)), update.mirror)
+    return Pointers(*(0 if t is None else t.data_ptr() for t in tensors), update.row, update.stream,
+                    seed - 2**64 * (seed >= 2**63))
+
+
+def with_grads(pointers: array, grads: Sequence[int]) -> array:
+    """A pointer table, row after row, with other addresses of gradients."""
+    moved = array("q", pointers)
+    moved[Pointers._fields.index("grad")::len(Pointers._fields)] = array("q", grads)
+    return moved
+
+
+def aligned(tiles: Tensor, pointers: Sequence[int]) -> bool:
+    """Every access of these tiles may be 16 bytes wide."""
+    return not any(pointers[i] % 16 for i in WIDE) and not bool((tiles[:, LENGTHS] % VECTOR).any())
+
+
+def packed(rows: Sequence[Hyper]) -> list[float]:
+    """The table of numbers, row after row, as the kernel reads it: with the inverse of root2."""
+    return [x for row in rows for x in (*row[:ROOT2], 1 / row[ROOT2], *row[ROOT2 + 1:])]
+
+
+def packed_on_device(table: Tensor) -> Tensor:
+    """The same of rows that are on their device, float64 [n, len(Hyper)] -> float32."""
+    table = table.clone()
+    table[:, ROOT2].reciprocal_()
+    return table.float()

@@ -1,0 +1,5 @@
+"""Distances between the heads of two models: op, tables, CPU backend, oracle."""
+
+from .op import METRICS, Segment, head_delta, head_delta_projection
+
+__all__ = ["METRICS", "Segment", "head_delta", "head_delta_projection"]

@@ -1,0 +1,140 @@
+"""How far every head moved between two models: checks, and the way to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .tables import LAUNCHABLE, Sums, flat_sums, projection_sums
+
+METRICS = ("pad", "pad_index", "pad_values", "kl", "js", "cosine", "cosine_weights", "euclidean", "relative")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One matrix of every head of a layer, in the base and in the task model.
+
+    Attributes:
+        base, task: [n, rows, cols], any strides, floating point, one device.
+        index: which of the n matrices each head reads (a key/value group is read by several).
+    """
+
+    base: Tensor
+    task: Tensor
+    index: tuple[int, ...]
+
+
+def head_delta(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], *, temperature: float = 1.0,
+               backend: str | None = None) -> dict[str, Tensor]:
+    """Distances between the heads of two models (DESIGN, Scores).
+
+    A head's elements are its segments one after the other, each row-major.
+
+    Args:
+        layers: for every layer its segments, e.g. of q, k and v.
+        metrics: of `METRICS`.
+        temperature: tau of the softmax, positive.
+        backend: "triton" to run the kernels whatever the device (in Triton's interpreter),
+            "torch" never to; default: the kernels on CUDA.
+
+    Returns:
+        For every metric float64 [heads of all layers], on the CPU.
+
+    Raises:
+        ValueError: segments do not fit together, or a weight is NaN or Inf: it names the head.
+    """
+    _check(layers, metrics, temperature)
+    return _dispatch(layers, metrics, temperature, backend, projection=False)
+
+
+def head_delta_projection(layers: Sequence[tuple[Segment, Segment, Segment]], metrics: Sequence[str], *,
+                          temperature: float = 1.0, backend: str | None = None) -> dict[str, Tensor]:
+    """Distances between the heads' W_h = q_h^T k_g v_g^T, [d, d_v] (paper, eq. 5).
+
+    Args:
+        layers: for every layer (q [H, d_k, d], k [G, d_k, d], v [G, d_v, d]).
+
+    Returns and Raises: as `head_delta`.
+    """
+    _check(layers, metrics, temperature)
+    for i, (q, k, v) in enumerate(layers):
+        if q.base.shape[1] != k.base.shape[1] or k.base.shape[2] != v.base.shape[2]:
+            raise ValueError(f"layer {i}: q {list(q.base.shape)}, k {list(k.base.shape)} and v {list(v.base.shape)} "
+                             "do not multiply to q^T k v^T")
+    return _dispatch(layers, metrics, temperature, backend, projection=True)
+
+
+def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str | None, projection: bool) -> dict[str, Tensor]:
+    """Layers of one kind in one launch each, the others and what the kernels do not do by the reference."""
+    plain = cpu.head_delta_projection if projection else cpu.head_delta
+    summed = [name for name in metrics if name != "pad_values"]  # a sort, which torch does well
+    norms = bool({"cosine_weights", "relative"} & set(metrics))
+    extra = bool({"kl", "js", "cosine"} & set(metrics))
+    batches: dict[tuple | torch.device, list[int]] = {}
+    for i, layer in enumerate(layers):
+        kernel = summed and (layer[0].base.is_cuda if backend is None else backend == "triton")
+        kernel = kernel and all(side.dtype in LAUNCHABLE for s in layer for side in (s.base, s.task))
+        kernel = kernel and not (projection and any(side.stride(2) != 1 for side in (layer[0].base, layer[0].task)))
+        batches.setdefault(_kind(layer, projection) if kernel else layer[0].base.device, []).append(i)
+    found: list[dict[str, Tensor]] = [{} for _ in layers]
+    for kind, indices in batches.items():
+        widths = [len(layers[i][0].index) for i in indices]
+        if isinstance(kind, torch.device):
+            columns = plain([layers[i] for i in indices], metrics, temperature=tau, numbers=indices)
+            for i, *values in zip(indices, *(column.split(widths) for column in columns.values()), strict=True):
+                found[i] = dict(zip(columns, values, strict=True))
+            continue
+        sums = (projection_sums if projection else flat_sums)([layers[i] for i in indices], tau, norms, extra)
+        _refuse_unsound(sums, indices, widths)
+        doubtful = sums.doubtful(summed).split(widths)
+        columns = {name: values.cpu().split(widths) for name, values in sums.scores(summed).items()}
+        for at, i in enumerate(indices):
+            found[i] = {name: column[at] for name, column in columns.items()}
+            if "pad_values" in metrics:
+                found[i] |= plain([layers[i]], ["pad_values"], temperature=tau)
+            if rows := doubtful[at].nonzero().flatten().tolist():
+                some = [Segment(s.base, s.task, tuple(s.index[h] for h in rows)) for s in layers[i]]
+                for name, values in plain([some], summed, temperature=tau).items():
+                    found[i][name][rows] = values
+    empty = torch.empty(0, dtype=torch.float64)
+    return {name: torch.cat([empty, *(each[name] for each in found)]) for name in metrics}
+
+
+def _kind(layer: Sequence[Segment], projection: bool) -> tuple:
+    """What layers of one launch have in common."""
+    if not projection:
+        return (layer[0].base.device,)
+    q, k, v = layer
+    return (q.base.device, q.base.shape[1:], v.base.shape[1], q.base.dtype, q.task.dtype, q.base.stride(1), q.task.stride(1))
+
+
+def _refuse_unsound(sums: Sums, indices: Sequence[int], widths: Sequence[int]) -> None:
+    if bad := (~sums.sound).nonzero().flatten().tolist():
+        head = bad[0]
+        for i, width in zip(indices, widths, strict=True):
+            if head < width:
+                raise ValueError(f"head {head} of layer {i} of those given has NaN or Inf weights")
+            head -= width
+
+
+def _check(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], temperature: float) -> None:
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise ValueError(f"metric is {unknown[0]!r}; expected one of {METRICS}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature!r}; expected a positive number")
+    for i, segments in enumerate(layers):
+        if not segments or len({len(s.index) for s in segments}) != 1 or not segments[0].index:
+            raise ValueError(f"layer {i}: its segments are not of the same one or more heads")
+        for s in segments:
+            if s.base.ndim != 3 or s.base.shape != s.task.shape or s.base.numel() == 0:
+                raise ValueError(f"layer {i}: base {list(s.base.shape)} and task {list(s.task.shape)}; "
+                                 "expected one non-empty shape [n, rows, cols]")
+            if not (s.base.is_floating_point() and s.task.is_floating_point()) or s.base.device != s.task.device:
+                raise ValueError(f"layer {i}: base is {s.base.dtype} on {s.base.device}, task {s.task.dtype} on "
+                                 f"{s.task.device}; expected floating point on one device")
+            if outside := [k for k in s.index if not 0 <= k < len(s.base)]:
+                raise ValueError(f"layer {i}: a head reads matrix {outside[0]} of {len(s.base)}")

@@ -1,0 +1,213 @@
+"""The arguments of a step, kept for the next, and the quick look that tells whether they still hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import Hyper, Numbers, Update, numbers_on_device
+from ..tensors import SyncedSlice, synced_slice_of
+
+try:  # what guards compiled code looks at every tensor in C++, at 45 ns each
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # private to torch: it may go
+    TensorGuards = None
+
+GRAD = attrgetter("grad")
+
+
+class ParamState(dict):
+    """The state of one parameter. That an entry of any was replaced shows in `ParamState.changes`."""
+
+    __slots__ = ()
+    changes = 0
+
+    def __reduce__(self) -> tuple:
+        return dict, (dict(self),)  # copies and files hold plain dicts
+
+
+def _watched(name: str):
+    method = getattr(dict, name)
+
+    def change(self, *args, **kwargs):
+        ParamState.changes += 1
+        return method(self, *args, **kwargs)
+
+    change.__name__ = name
+    return change
+
+
+for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+    setattr(ParamState, _name, _watched(_name))
+
+
+class Arguments:
+    """What a step takes, for the parameters that had a gradient in it.
+
+    Args:
+        updates: of those parameters, checked.
+        states: their states, `step` included.
+        groups: the param group of each.
+        absent: parameters that train and had no gradient.
+    """
+
+    def __init__(self, updates: list[Update], states: list[ParamState], groups: list[dict[str, Any]],
+                 absent: list[Tensor]) -> None:
+        self.updates, self.states, self.absent = updates, states, absent
+        self.params = [update.owner for update in updates]
+        self.mirrors = [(synced_slice_of(u.param), u) for u in updates if u.mirror is not None]
+        self.fixed = [*(u.param for u in updates), *(u.mirror for _, u in self.mirrors)]
+        self.pointers = list(map(Tensor.data_ptr, self.fixed)), [u.grad.data_ptr() for u in updates]
+        self.shape_of_grads = _Likeness([u.grad for u in updates])
+        self.held = True  # the updates hold gradients
+        self.counts: Tensor | None = None  # of the host, one after the other
+        self.version: int | None = None
+        self.known: tuple = ()
+        self.aged: list[tuple[dict[str, Any], float]] = []  # group and steps taken of every row of numbers
+        self.on_device: dict[tuple, tuple] = {}  # by group and device: the group, and the step counts of parameters
+        self._number(groups)
+
+    def _number(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Give every parameter its rows of the numbers: on the host those of one group and age share theirs."""
+        ages: dict[tuple, int] = {}
+        for update, state, group in zip(self.updates, self.states, groups, strict=True):
+            if update.counts_on_device:
+                _, members = self.on_device.setdefault((update.param.device, id(group)), (group, []))
+                members.append((state["step"], update))
+                continue
+            key = id(group), *state["step"].reshape(-1).tolist()
+            if key not in ages:
+                ages[key] = len(self.aged)
+                self.aged += [(group, age) for age in key[1:]]
+            update.row = ages[key]
+        at: dict[torch.device, int] = {}
+        for (device, _), (_, members) in self.on_device.items():
+            for _, update in members:
+                update.row = at.get(device, 0)
+                at[device] = update.row + update.n_rows
+
+    @property
+    def all_on_device(self) -> bool:
+        return not self.aged
+
+    # -- do they hold ------------------------------------------------------------------------
+
+    def settle(self, groups: Sequence[Mapping], state: Mapping[Tensor, dict]) -> None:
+        """The states are the optimizer's from now on; counts of the host become views of one tensor."""
+        host = [s for s, update in zip(self.states, self.updates, strict=True) if not update.counts_on_device]
+        if host:
+            steps = [s["step"] for s in host]
+            self.counts, at = torch.cat([step.reshape(-1) for step in steps]), 0
+            for entry, step in zip(host, steps, strict=True):
+                entry["step"] = self.counts[at:at + step.numel()].view(step.shape)
+                at += step.numel()
+            self.version = self.counts._version
+        for entry, update in zip(self.states, self.updates, strict=True):
+            update.step = entry["step"]
+        if not any(update.sharded for update in self.updates):  # of shards more may change than is looked at
+            self.known = ParamState.changes, list(state.values()), [p for g in groups for p in g["params"]], [
+                g["amsgrad"] for g in groups]
+
+    def hold(self, groups: Sequence[Mapping], state: Mapping[Tensor, dict]) -> list[Tensor] | None:
+        """The gradients of these parameters, where nothing but their place in memory can have changed."""
+        if not self.known:
+            return None
+        changes, entries, params, amsgrad = self.known
+        if (changes != ParamState.changes or len(state) != len(entries) or not all(map(is_, entries, state.values()))
+                or sum([len(g["params"]) for g in groups]) != len(params)
+                or not all(map(is_, params, chain.from_iterable([g["params"] for g in groups])))
+                or [g["amsgrad"] for g in groups] != amsgrad
+                or (self.counts is not None and self.counts._version != self.version)):
+            return None
+        grads = list(map(GRAD, self.params))
+        if not self.shape_of_grads.same(grads) or any(p.grad is not None for p in self.absent):
+            return None
+        for mirror, update in self.mirrors:
+            if mirror.weight is not update.mirror or not mirror.writable(update.param):
+                return None
+        return grads
+
+    def moved(self, grads: Sequence[Tensor]) -> bool | None:
+        """A gradient lies elsewhere than at the last step; None: a parameter does."""
+        fixed, of_grads = self.pointers
+        if list(map(Tensor.data_ptr, self.fixed)) != fixed:
+            return None
+        now = list(map(Tensor.data_ptr, grads))
+        if now == of_grads:
+            return False
+        self.pointers = fixed, now
+        return True
+
+    def take(self, grads: Sequence[Tensor]) -> None:
+        for update, grad in zip(self.updates, grads, strict=True):
+            update.grad = grad
+        self.held = True
+
+    def release(self) -> None:
+        """Forget the gradients."""
+        if self.held:
+            for update in self.updates:
+                update.grad = None
+            self.held = False
+
+    # -- a step ------------------------------------------------------------------------------
+
+    def numbers(self) -> Numbers:
+        """Of the step to come."""
+        tables: dict[torch.device, list[Tensor]] = {}
+        for (device, _), (group, members) in self.on_device.items():
+            steps = torch.cat([step.reshape(-1) for step, _ in members]).double() + 1
+            tables.setdefault(device, []).append(numbers_on_device(group, steps))
+        return Numbers([Hyper.of(group, age + 1) for group, age in self.aged],
+                       {device: torch.cat(rows) for device, rows in tables.items()})
+
+    def count(self, found_inf: Tensor | None, plain: Sequence[Update]) -> None:
+        """The step was taken.
+
+        Args:
+            found_inf: where all count on their device, whether it was not.
+            plain: those whose count was advanced with their weights.
+        """
+        if not plain and self.counts is not None and not self.on_device:
+            self.counts += 1
+        elif len(plain) < len(self.updates):
+            done = set(map(id, plain))
+            steps = [update.step for update in self.updates if id(update) not in done]
+            torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]).reshape(()))
+        for mirror, update in self.mirrors:
+            mirror.written(update.param)
+        self.aged = [(group, age + 1) for group, age in self.aged]
+        if self.counts is not None:  # last: an interrupt on the way here makes the next step look at everything
+            self.version = self.counts._version
+
+
+class _Likeness:
+    """Dtype, device, shape, strides and layout of tensors, to compare others with."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.guards = self.facts = None
+        try:
+            self.guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        except TypeError:  # there is none, or it takes something else
+            self.facts = self._of(tensors)
+
+    def same(self, tensors: Sequence[Tensor | None]) -> bool:
+        if self.guards is not None:
+            return self.guards.check(*tensors)
+        return not any(t is None for t in tensors) and self._of(tensors) == self.facts
+
+    @staticmethod
+    def _of(tensors: Sequence[Tensor]) -> list[tuple]:
+        return [(t.layout, t.dtype, t.device, t.shape, t.stride() if t.layout == torch.strided else ())
+                for t in tensors]
+
+
+def mirrored(param: Tensor) -> Tensor | None:
+    """The weight that a step of this leaf writes too, where it may."""
+    mirror: SyncedSlice | None = synced_slice_of(param)
+    return mirror.weight if mirror is not None and mirror.writable(param) else None

@@ -1,0 +1,229 @@
+"""A head patch in forms that others take: a LoRA adapter, a whole checkpoint, a sparse weight update."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tensors import new_folder, write_json
+from .checkpoint import CheckpointSource, apply_to_checkpoint, sparse_updates
+from .make import check_fits
+from .patch import HeadPatch
+from .slices_file import TensorSlice, save_tensors
+from .source import ModelSource, Source, canonical
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """What the adapter of one projection holds.
+
+    Attributes:
+        rank: of B A.
+        exact: B A is the difference itself, element by element as float32 holds it.
+        error: the Frobenius norm of what B A leaves out, over that of the difference.
+    """
+
+    rank: int
+    exact: bool
+    error: float
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What `export_lora` wrote: the modules by name, and the bytes of the adapter's tensors."""
+
+    modules: dict[str, LoraModule]
+    nbytes: int
+
+    @property
+    def error(self) -> float:
+        """The largest relative error of a module."""
+        return max((module.error for module in self.modules.values()), default=0.0)
+
+    def __str__(self) -> str:
+        ranks = sorted({module.rank for module in self.modules.values()})
+        exact = sum(module.exact for module in self.modules.values())
+        return (f"LoRA of {len(self.modules)} modules, rank {' '.join(map(str, ranks)) or '-'}, {self.nbytes:,} bytes; "
+                f"{exact} exact, largest relative error {self.error:.3g}")
+
+
+def export_lora(patch: HeadPatch | str | os.PathLike, base: nn.Module | str | os.PathLike, folder: str | os.PathLike, *,
+                rank: int | None = None, config: Any = None) -> LoraExport:
+    """Write the patch as a PEFT LoRA adapter of `base`.
+
+    Where all differing rows of a projection are kept, B is one-hot and A holds the differences
+    (for columns, of `o`, the reverse); B A is then exact. Rows of other heads get exactly zero.
+    Factors are float32: the difference of two bfloat16 or float16 weights that are of like size is
+    exact in it, that of two float32 weights is rounded once (2^-24 relative). base + B A is therefore
+    the tuned weight up to one rounding, not byte for byte; merging into 16-bit weights rounds B A to
+    them first. Differences of biases become the bias of `lora_B` (`lora_bias`).
+
+    Args:
+        base: the patch's base: a model in memory, or a checkpoint folder.
+        folder: new; adapter_config.json and adapter_model.safetensors, whose header states ranks and errors.
+        rank: the largest rank; a projection whose differences need more gets the best
+            approximation of that rank (SVD), whose error is stated. None: as much as is exact.
+        config: used instead of a folder's config.json.
+
+    Raises:
+        ValueError: the patch does not fit, or a slice is of something PEFT's LoRA has no form for.
+        FileExistsError: the folder is there already.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank is {rank!r}; expected a whole number from 1")
+    patch = _loaded(patch)
+    source = ModelSource(base) if isinstance(base, nn.Module) else CheckpointSource(base, config)
+    check_fits(patch, source)
+    weights, biases = _by_module(patch, source)
+    tensors, modules = {}, {}
+    for name, key in weights.items():
+        b, a, modules[name] = _factors(patch, source, key, rank)
+        if _transposed(source, name):
+            b, a = a.t(), b.t()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+        if biases:
+            bias = torch.zeros(b.shape[0])
+            if name in biases:
+                _delta(patch, source, biases[name], bias)
+            tensors[f"base_model.model.{name}.lora_B.bias"] = bias
+    described = _adapter_config(source, modules, bool(biases))
+    said = {"patch": patch.name, "fingerprint": patch.fingerprint, "modules": {name: vars(made) for name, made in modules.items()}}
+    with new_folder(folder) as temporary:
+        save_tensors(tensors, temporary / "adapter_model.safetensors", {"format": "pt", "alps_kernels.lora": json.dumps(said)})
+        write_json(temporary / "adapter_config.json", described)
+    return LoraExport(modules, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def export_merged(patches: HeadPatch | str | os.PathLike | Sequence[HeadPatch | str | os.PathLike],
+                  base: str | os.PathLike, folder: str | os.PathLike, *, keep_originals: bool = False,
+                  config: Any = None) -> None:
+    """Write the base's checkpoint folder with the patches in it: exact, every other byte copied.
+
+    Raises: as `patch_checkpoint.apply_to_checkpoint`.
+    """
+    several = [patches] if isinstance(patches, (str, os.PathLike, HeadPatch)) else patches
+    apply_to_checkpoint(base, [_loaded(patch) for patch in several], folder, keep_originals=keep_originals,
+                        config=config)
+
+
+def export_sparse(patch: HeadPatch | str | os.PathLike, base: str | os.PathLike, folder: str | os.PathLike, *,
+                  config: Any = None) -> dict[str, Any]:
+    """Write the patch as an update of the base's checkpoint, by the names of its tensors.
+
+    The new folder holds sparse_update.safetensors (under each tensor's stored name its new rows or
+    columns, one behind the other) and sparse_update.index.json (of each shape, dtype, axis,
+    half-open ranges, and digests of the new values and of those they replace).
+
+    Returns:
+        the index.
+
+    Raises:
+        ValueError: the patch does not fit, or transformers converts a tensor while loading.
+        FileExistsError: the folder is there already.
+    """
+    patch, source = _loaded(patch), CheckpointSource(base, config)
+    check_fits(patch, source)
+    update, _ = sparse_updates(source, [patch])
+    with new_folder(folder) as temporary:
+        update.save(temporary / "sparse_update.safetensors")
+        write_json(temporary / "sparse_update.index.json", update.index())
+    return update.index()
+
+
+def _loaded(patch: HeadPatch | str | os.PathLike) -> HeadPatch:
+    return patch if isinstance(patch, HeadPatch) else HeadPatch.load(patch)
+
+
+def _model(source: Source) -> nn.Module:
+    return source.model if isinstance(source, ModelSource) else source.weights.model
+
+
+def _module(source: Source, name: str) -> nn.Module:
+    return next(module for key, module in _model(source).named_modules() if canonical(key) == name)
+
+
+def _transposed(source: Source, name: str) -> bool:
+    """The projection stores its weight [in, out] (transformers' Conv1D)."""
+    return _is_conv1d(_module(source, name))
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+
+
+def _by_module(patch: HeadPatch, source: Source) -> tuple[dict[str, str], dict[str, str]]:
+    """The patch's weights and biases by module.
+
+    Raises:
+        ValueError: one is neither of a Linear nor of a Conv1D.
+    """
+    weights, biases = {}, {}
+    for key in patch.cuts:
+        name, _, kind = key.rpartition(".")
+        module = _module(source, name)
+        if kind not in ("weight", "bias") or not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+            raise ValueError(f"{key} of patch {patch.name!r} is held by a {type(module).__name__}, for which PEFT's LoRA has "
+                             "no form; export it merged instead")
+        (weights if kind == "weight" else biases)[name] = key
+    if not weights:
+        raise ValueError(f"patch {patch.name!r} holds no weights, so there is no LoRA of it")
+    if lone := sorted(set(biases) - set(weights)):
+        raise ValueError(f"patch {patch.name!r} changes the bias of {lone[0]} and not its weight, for which LoRA has no form")
+    return weights, biases
+
+
+def _delta(patch: HeadPatch, source: Source, key: str, out: Tensor) -> Tensor:
+    """Tuned minus base, float32, written to the patch's places in `out`, else only given."""
+    cut = patch.cuts[key]
+    delta = patch.values[key].cpu().double().sub_(cut.take(source.read(key)).cpu().double()).float()
+    if out is not None:
+        cut.put(delta, out)
+    return delta
+
+
+def _factors(patch: HeadPatch, source: Source, key: str, rank: int | None) -> tuple[Tensor, Tensor, LoraModule]:
+    """Left and right factors of one weight's difference, in the orientation in which it is stored."""
+    cut: TensorSlice = patch.cuts[key]
+    delta = _delta(patch, source, key, None)
+    if not bool(delta.isfinite().all()):
+        raise ValueError(f"{key}: the patch or its base holds values that are not finite")
+    places = torch.cat([torch.arange(start, stop) for start, stop in cut.ranges])
+    length = cut.matrix[cut.dim]
+    rows = delta if cut.dim == 0 else delta.t()  # [selected, other axis]
+    exact = min(rows.shape)
+    if rank is None or rank >= exact:
+        near, far = (torch.eye(len(rows)), rows) if len(rows) <= rows.shape[1] else (rows, torch.eye(rows.shape[1]))
+        made = LoraModule(exact, True, 0.0)
+    else:
+        u, s, v = torch.linalg.svd(rows.double(), full_matrices=False)
+        root = s[:rank].sqrt()
+        near, far = (u[:, :rank] * root).float(), (v[:rank] * root[:, None]).float()
+        norm = s.norm().item()
+        left = (rows.double() - near.double() @ far.double()).norm().item()
+        made = LoraModule(rank, False, left / norm if norm else 0.0)
+    spread = torch.zeros(length, near.shape[1]).index_copy_(0, places, near.contiguous())
+    return (spread, far, made) if cut.dim == 0 else (far.t(), spread.t(), made)
+
+
+def _adapter_config(source: Source, modules: dict[str, LoraModule], biased: bool) -> dict[str, Any]:
+    ranks = {re.escape(name): module.rank for name, module in modules.items()}
+    largest = max(ranks.values())
+    kind = source.architecture
+    task = ("SEQ_2_SEQ_LM" if "ConditionalGeneration" in kind or "Seq2Seq" in kind else
+            "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None)
+    return {
+        "peft_type": "LORA", "task_type": task, "inference_mode": True,
+        "base_model_name_or_path": getattr(getattr(_model(source), "config", None), "name_or_path", "") or str(getattr(source, "path", "")) or None,
+        "r": largest, "lora_alpha": largest, "rank_pattern": ranks, "alpha_pattern": ranks,
+        "target_modules": sorted(modules), "fan_in_fan_out": any(_transposed(source, name) for name in modules),
+        "bias": "none", "lora_bias": biased, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,
+        "init_lora_weights": True, "modules_to_save": None,
+    }
