@@ -8,7 +8,7 @@ OUT ?= out
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.set-up
 
-.PHONY: setup demo demo-tiny test reliability compat census bench gpu study clean
+.PHONY: setup demo demo-tiny test emulate reliability compat census bench gpu study clean
 
 setup: $(SETUP)
 
@@ -29,6 +29,14 @@ test: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/interpreted -m "not slow" -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not slow" -n 2 --dist loadfile
 
+# The kernel tests as compiled code, in the emulator of PTX whose folder PTXEMU names; about 150 s. Without the planted
+# faults, some of which the emulator sees too, and without the tests of Triton's interpreter.
+emulate: $(SETUP)
+	@test -d "$(PTXEMU)" || { echo "PTXEMU names no folder: make emulate PTXEMU=folder/of/the/emulator"; exit 2; }
+	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 PYTHONPATH=.:$(PTXEMU) \
+	  $(BIN)/python -m pytest -p ptxplugin --noconftest -o addopts= tests/interpreted \
+	  --ignore-glob="*_faults.py" --ignore=tests/interpreted/test_interpreter.py
+
 # The faults that are tried, in one process, and docs/reliability.md from that run.
 reliability: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/interpreted -m fault --write-reliability
@@ -40,7 +48,7 @@ compat:
 census: $(SETUP)
 	$(BIN)/python -m tests.census --write-table
 
-# Every benchmark with the rivals that can be had, then docs/results.md; BENCH=--quick takes about two minutes.
+# Every benchmark with the baselines that can be had, then docs/results.md; BENCH=--quick takes about two minutes.
 bench: $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench $(BENCH)

@@ -57,7 +57,7 @@ def _torchao_8bit_stochastic(params):
 
 
 # By the name in the tables; the package that pip installs.
-RIVALS: dict[str, tuple[str, Callable]] = {
+BASELINES: dict[str, tuple[str, Callable]] = {
     "torch AdamW fused": ("torch", _torch_fused),
     "torch AdamW foreach": ("torch", _torch_foreach),
     "torch-optimi AdamW": ("torch-optimi", _optimi),
@@ -67,16 +67,16 @@ RIVALS: dict[str, tuple[str, Callable]] = {
     "torchao AdamW8bit": ("torchao", _torchao_8bit),
     "torchao AdamW8bit, bf16 stochastic": ("torchao", _torchao_8bit_stochastic),
 }
-EIGHT_BIT = tuple(name for name in RIVALS if "8bit" in name)
+EIGHT_BIT = tuple(name for name in BASELINES if "8bit" in name)
 
 
-def rival(name: str, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+def baseline(name: str, params: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer called `name` over `params`, after one step of it on a small tensor like theirs.
 
     Raises:
         Unavailable: its package is not installed, or that step fails on this device.
     """
-    package, build = RIVALS[name]
+    package, build = BASELINES[name]
     like = params[0]
     try:
         trial = nn.Parameter(torch.zeros(64 * 256, dtype=like.dtype, device=like.device))

@@ -4,8 +4,8 @@
 
 The attention weights (q, k, v, o) of a model's shape; selected heads scattered over the model or
 the first ones of every layer; a key/value group trains when one of its query heads does. The
-mask rival is what users write today: the gradient times a mask, then torch.optim.AdamW over all
-attention weights (which also decays what is frozen). The dense rivals get one tensor of as many
+masked baseline is what users write today: the gradient times a mask, then torch.optim.AdamW over all
+attention weights (which also decays what is frozen). The dense baselines get one tensor of as many
 elements as are selected, which is the best that any optimizer could be given. Bytes are 3 times the
 weight's size (param read and written, grad read) plus twice the state that the optimizer holds.
 """
@@ -21,11 +21,11 @@ from torch import nn
 from alps_kernels.optim import HeadAdamW
 from alps_kernels.selection import BoundSelection
 from bench.attention import DEVICE, Selected, attention, bound_to, masks_of, sweep
-from bench.baselines import OPTIONS, RIVALS, rival
+from bench.baselines import BASELINES, OPTIONS, baseline
 from bench.common import gate
 from bench.counting import state_bytes
 from bench.shapes import Shape
-from bench.timing import Entry, race, rows_of
+from bench.timing import Timed, rows_of, time_each
 
 OURS = "HeadAdamW"
 # The default first: split masters of 16-bit weights and float32 moments. float32 weights have no masters.
@@ -53,12 +53,12 @@ def parity() -> None:
          f"largest difference {worst:.1f} x 2^-24, frozen bytes {'kept' if frozen else 'MOVED'}")
 
 
-def ours(params: dict[str, nn.Parameter], bound: BoundSelection, **precision) -> Entry:
+def ours(params: dict[str, nn.Parameter], bound: BoundSelection, **precision) -> Timed:
     optimizer = HeadAdamW(params.values(), heads=bound, **precision, **OPTIONS)
-    return Entry(optimizer.step, lambda: moved(optimizer, bound.numel, params["0.q"].element_size()))
+    return Timed(optimizer.step, lambda: moved(optimizer, bound.numel, params["0.q"].element_size()))
 
 
-def masked(params: dict[str, nn.Parameter], bound: BoundSelection, kind: str) -> Entry:
+def masked(params: dict[str, nn.Parameter], bound: BoundSelection, kind: str) -> Timed:
     """The gradient times a mask, then torch's AdamW over all attention weights."""
     optimizer = torch.optim.AdamW(params.values(), **OPTIONS, **{kind: True})
     masks = list(masks_of(params, bound).values())
@@ -69,15 +69,15 @@ def masked(params: dict[str, nn.Parameter], bound: BoundSelection, kind: str) ->
 
     total = sum(p.numel() for p in params.values())
     size = params["0.q"].element_size()
-    return Entry(call, lambda: moved(optimizer, total, size, 3 * size, "over all attention weights"))
+    return Timed(call, lambda: moved(optimizer, total, size, 3 * size, "over all attention weights"))
 
 
-def dense(name: str, bound: BoundSelection, dtype: torch.dtype) -> Entry:
-    """A rival on one tensor of as many elements as are selected."""
+def dense(name: str, bound: BoundSelection, dtype: torch.dtype) -> Timed:
+    """A baseline on one tensor of as many elements as are selected."""
     flat = nn.Parameter(torch.zeros(bound.numel, dtype=dtype, device=DEVICE))
     flat.grad = torch.ones_like(flat)
-    optimizer = rival(name, [flat])
-    return Entry(optimizer.step, lambda: moved(optimizer, flat.numel(), flat.element_size()))
+    optimizer = baseline(name, [flat])
+    return Timed(optimizer.step, lambda: moved(optimizer, flat.numel(), flat.element_size()))
 
 
 def moved(optimizer: torch.optim.Optimizer, numel: int, size: int, mask: int = 0, note: str = "") -> dict:
@@ -88,13 +88,13 @@ def moved(optimizer: torch.optim.Optimizer, numel: int, size: int, mask: int = 0
             "note": ", ".join(filter(None, (f"{per_element:.1f} B an element", note)))}
 
 
-def contest(params: dict[str, nn.Parameter], bound: BoundSelection,
-            dtype: torch.dtype) -> dict[str, Callable[[], Entry]]:
+def builders_of(params: dict[str, nn.Parameter], bound: BoundSelection,
+                dtype: torch.dtype) -> dict[str, Callable[[], Timed]]:
     """Ours first, the default precision above all: every ratio refers to it."""
     kinds = [kind for kind in PRECISIONS if dtype != torch.float32 or "master" not in kind]
-    entries = {f"{OURS} {describe(kind)}".strip(): partial(ours, params, bound, **kind) for kind in kinds}
-    entries |= {f"torch AdamW {kind} + mask": partial(masked, params, bound, kind) for kind in ("foreach", "fused")}
-    return entries | {f"{name}, dense": partial(dense, name, bound, dtype) for name in RIVALS}
+    builders = {f"{OURS} {describe(kind)}".strip(): partial(ours, params, bound, **kind) for kind in kinds}
+    builders |= {f"torch AdamW {kind} + mask": partial(masked, params, bound, kind) for kind in ("foreach", "fused")}
+    return builders | {f"{name}, dense": partial(dense, name, bound, dtype) for name in BASELINES}
 
 
 def describe(precision: dict) -> str:
@@ -102,8 +102,8 @@ def describe(precision: dict) -> str:
 
 
 def run(case: Selected, bandwidth: float, repeats: int) -> list[dict]:
-    raced = race(contest(case.params, case.bound, case.dtype), repeats)
-    return rows_of(case.name, raced, bandwidth)
+    timings = time_each(builders_of(case.params, case.bound, case.dtype), repeats)
+    return rows_of(case.name, timings, bandwidth)
 
 
 def main(argv: list[str] | None = None) -> None:

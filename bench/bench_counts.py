@@ -15,36 +15,36 @@ import argparse
 
 from bench.common import ENVIRONMENT, gate, table, write_rows
 from bench.counting import Step, count_step
-from bench.finetune_methods import LORA, METHODS, SLICED
+from bench.finetune_methods import FINETUNE_METHODS, LORA, SLICED
 from bench.shapes import RATIOS
-from bench.workloads import CASES, Case, prepared
+from bench.workloads import WORKLOADS, Workload, prepared
 
 COLUMNS = (*ENVIRONMENT, "bench", "case", "method", "ratio", "trained", "saved_bytes", "grad_bytes", "state_bytes",
            "dw_gflop", "backward_gflop", "forward_gflop", "forward_ops", "forward_bytes", "note")
 
 
-def count(case: Case, method: str, ratio: float) -> Step:
+def count(workload: Workload, method: str, ratio: float) -> Step:
     """One step, and not the first: the meta device excepted, where no step writes anything."""
-    ready = prepared(case, method, ratio)
+    ready = prepared(workload, method, ratio)
     if not next(ready.model.parameters()).is_meta:
-        loss = case.loss(ready.model)
+        loss = workload.loss(ready.model)
         if loss.requires_grad:
             loss.backward()
         ready.optimizer.step()
         ready.optimizer.zero_grad()
-    return count_step(ready.model, lambda: case.loss(ready.model), ready.optimizer, case.tokens, ready.trained)
+    return count_step(ready.model, lambda: workload.loss(ready.model), ready.optimizer, workload.tokens, ready.trained)
 
 
-def counted(case: Case, ratios: tuple[float, ...]) -> tuple[list[dict], dict[tuple[str, float], Step]]:
+def counted(workload: Workload, ratios: tuple[float, ...]) -> tuple[list[dict], dict[tuple[str, float], Step]]:
     """Every method at 10 % of heads, the sliced one at every ratio."""
     steps, rows = {}, []
-    for method in METHODS:
+    for method in FINETUNE_METHODS:
         for ratio in sorted({*ratios, 0.10}) if method == SLICED else (0.10,):
-            row = {"case": case.name, "method": method, "ratio": ratio}
-            if method in case.absent:
-                rows.append({**row, "note": f"not run: {case.absent[method]}"})
+            row = {"case": workload.name, "method": method, "ratio": ratio}
+            if method in workload.absent:
+                rows.append({**row, "note": f"not run: {workload.absent[method]}"})
                 continue
-            step = steps[method, ratio] = count(case, method, ratio)
+            step = steps[method, ratio] = count(workload, method, ratio)
             rows.append({
                 **row, "trained": step.trained, "saved_bytes": step.saved, "grad_bytes": step.grads,
                 "state_bytes": step.state, "dw_gflop": step.backward.weight_flops / 1e9,
@@ -53,44 +53,44 @@ def counted(case: Case, ratios: tuple[float, ...]) -> tuple[list[dict], dict[tup
     return rows, steps
 
 
-def check(case: Case, steps: dict[tuple[str, float], Step]) -> None:
+def check(workload: Workload, steps: dict[tuple[str, float], Step]) -> None:
     """What slicing promises, to the byte.
 
     Raises:
         SystemExit: a promise is broken; it says which.
     """
-    element = case.dtype.itemsize
+    element = workload.dtype.itemsize
     per_element = 8 if element == 4 else 10  # two float32 moments, and the low half of a 16-bit weight
     frozen, lora = steps["frozen model", 0.10], steps[LORA, 0.10]
     for (method, ratio), step in steps.items():
         if method != SLICED:
             continue
-        at = f"{SLICED} at {ratio:.0%} of heads, {case.name}"
+        at = f"{SLICED} at {ratio:.0%} of heads, {workload.name}"
         gate(f"gradients, {at}", step.grads == element * step.trained,
              f"{step.grads:,} bytes for {step.trained:,} elements of {element}")
         steps_own = step.state - per_element * step.trained  # the step counts: four bytes a tensor
         gate(f"state, {at}", 0 <= steps_own <= 4 * 4 * 1024,
              f"{per_element} bytes an element and {steps_own} of step counts")
-        gate(f"weight-gradient FLOPs, {at}", step.backward.weight_flops == 2 * case.tokens * step.trained,
-             f"{step.backward.weight_flops:,} = 2 x {case.tokens} tokens x elements")
+        gate(f"weight-gradient FLOPs, {at}", step.backward.weight_flops == 2 * workload.tokens * step.trained,
+             f"{step.backward.weight_flops:,} = 2 x {workload.tokens} tokens x elements")
         same = step.forward == frozen.forward
         gate(f"forward pass, {at}", same, "operations, FLOPs and bytes written as the frozen model's" if same else
              f"{step.forward} instead of {frozen.forward}")
     ours = steps[SLICED, 0.10].saved
-    gate(f"saved bytes, {case.name}", ours <= lora.saved, f"{ours:,} against LoRA's {lora.saved:,}")
+    gate(f"saved bytes, {workload.name}", ours <= lora.saved, f"{ours:,} against LoRA's {lora.saved:,}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--case", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--layers", type=int, help="default: all")
     parser.add_argument("--ratio", nargs="+", type=float, default=RATIOS, help="of the sliced heads")
     args = parser.parse_args(argv)
     for name in args.case:
-        case = CASES[name](args.layers)
-        rows, steps = counted(case, tuple(args.ratio))
-        check(case, steps)
-        print(case.name)
+        workload = WORKLOADS[name](args.layers)
+        rows, steps = counted(workload, tuple(args.ratio))
+        check(workload, steps)
+        print(workload.name)
         table(rows, ("method", "ratio", *COLUMNS[COLUMNS.index("trained"):]))
         print(write_rows("counts", rows, COLUMNS))
 

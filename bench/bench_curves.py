@@ -5,7 +5,7 @@
 Task: chain_sum, short sums (alps_kernels/demo/chain_sum.py); a tenth of the heads, q/k/v, random. Every
 run starts from the weights rounded to bfloat16, so that all start alike. The runs called bf16 hold
 weights, activations and gradients in bfloat16; those called fp32 hold all of it in float32, so that
-nothing but the moments tells them apart. Rivals train the leaves of `slice_heads`.
+nothing but the moments tells them apart. Baselines train the leaves of `slice_heads`.
 
     distance   of the trained slices from the fp32 run's at the end, over the length of its way:
                |w - w_fp32| / |w_fp32 - w_start|, l2
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from alps_kernels import HeadAdamW, HeadSelection, find_heads, slice_heads
 from alps_kernels.demo import chain_sum
-from bench.baselines import rival
+from bench.baselines import baseline
 from bench.common import ENVIRONMENT, table, write_rows
 from bench.counting import state_bytes
 from bench.timing import Unavailable
@@ -38,11 +38,11 @@ FP32 = "fp32"
 
 @dataclass(frozen=True)
 class Kind:
-    """Weights in `dtype`, and ours (options of HeadAdamW) or a rival's name."""
+    """Weights in `dtype`, and ours (options of HeadAdamW) or a baseline's name."""
 
     dtype: torch.dtype
     options: dict | None = None
-    rival: str | None = None
+    baseline: str | None = None
 
 
 KINDS = {
@@ -53,8 +53,8 @@ KINDS = {
     "bf16, none": Kind(torch.bfloat16, {"master": None}),
     "bf16, split master, 8-bit": Kind(torch.bfloat16, {"master": "split", "moment_dtype": "8bit"}),
     "fp32, 8-bit": Kind(torch.float32, {"moment_dtype": "8bit"}),
-    "fp32, torchao 8-bit": Kind(torch.float32, rival="torchao AdamW8bit"),
-    "fp32, bitsandbytes 8-bit": Kind(torch.float32, rival="bitsandbytes AdamW8bit"),
+    "fp32, torchao 8-bit": Kind(torch.float32, baseline="torchao AdamW8bit"),
+    "fp32, bitsandbytes 8-bit": Kind(torch.float32, baseline="bitsandbytes AdamW8bit"),
 }
 
 
@@ -93,8 +93,8 @@ def train(model: nn.Module, kind: Kind, task: Task,
     """Train; the trained slices afterwards in float32, compact, and the bytes of optimizer state."""
     model = model.to(kind.dtype).train()
     bound = slice_heads(model, task.heads)
-    if kind.rival:
-        optimizer = rival(kind.rival, [part.param for part in bound.params])
+    if kind.baseline:
+        optimizer = baseline(kind.baseline, [part.param for part in bound.params])
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.1
             group["lr"].fill_(task.lr) if isinstance(group["lr"], Tensor) else group.update(lr=task.lr)

@@ -3,8 +3,8 @@
     python -m bench.bench_grad_norm [--shape NAME ...] [--ratio R ...] [--layers N] [--dtype float32|bfloat16]
 
 The gradients of the attention weights (q, k, v, o). torch's own clipping would count the other heads'
-gradients too, so the rival multiplies by the mask first. Bytes: every selected gradient read once; the
-mask's rival reads gradient and mask, writes the gradient, reads it again.
+gradients too, so the baseline multiplies by the mask first. Bytes: every selected gradient read once; the
+masked baseline reads gradient and mask, writes the gradient, reads it again.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from alps_kernels.optim import HeadAdamW
 from alps_kernels.selection import BoundSelection
 from bench.attention import DEVICE, Selected, masks_of, sweep
 from bench.common import gate
-from bench.timing import Entry, race, rows_of
+from bench.timing import Timed, rows_of, time_each
 
 
-def ours(params: dict[str, nn.Parameter], bound: BoundSelection) -> Entry:
+def ours(params: dict[str, nn.Parameter], bound: BoundSelection) -> Timed:
     optimizer = HeadAdamW(params.values(), heads=bound)
     arguments, launches = optimizer._ready(), Launches()
-    return Entry(lambda: head_grad_norm(arguments.updates, launches=launches),
+    return Timed(lambda: head_grad_norm(arguments.updates, launches=launches),
                  lambda: {"bytes": bound.numel * params["0.q"].element_size(), "note": "the selected slices read once"})
 
 
-def masked(params: dict[str, nn.Parameter], bound: BoundSelection) -> Entry:
+def masked(params: dict[str, nn.Parameter], bound: BoundSelection) -> Timed:
     masks, grads = list(masks_of(params, bound).values()), [p.grad for p in params.values()]
 
     def call() -> Tensor:
@@ -37,12 +37,12 @@ def masked(params: dict[str, nn.Parameter], bound: BoundSelection) -> Entry:
         return torch.stack(torch._foreach_norm(grads)).norm()
 
     size = sum(grad.numel() * grad.element_size() for grad in grads)
-    return Entry(call, lambda: {"bytes": 4 * size, "note": "over all attention weights"})
+    return Timed(call, lambda: {"bytes": 4 * size, "note": "over all attention weights"})
 
 
-def dense(bound: BoundSelection, dtype: torch.dtype) -> Entry:
+def dense(bound: BoundSelection, dtype: torch.dtype) -> Timed:
     flat = torch.ones(bound.numel, dtype=dtype, device=DEVICE)
-    return Entry(lambda: torch.linalg.vector_norm(flat), lambda: {"bytes": flat.numel() * flat.element_size()})
+    return Timed(lambda: torch.linalg.vector_norm(flat), lambda: {"bytes": flat.numel() * flat.element_size()})
 
 
 def exact(params: dict[str, nn.Parameter], bound: BoundSelection) -> float:
@@ -54,9 +54,9 @@ def run(case: Selected, bandwidth: float, repeats: int) -> list[dict]:
     params, bound = case.params, case.bound
     found, truth = ours(params, bound).call().item(), exact(params, bound)
     gate(f"the norm, {case.name}", abs(found / truth - 1) < 1e-5, f"{found:.8g} and in float64 {truth:.8g}")
-    return rows_of(case.name, race({"head_grad_norm": partial(ours, params, bound),
-                                    "mask + torch norm": partial(masked, params, bound),
-                                    "torch norm, dense": partial(dense, bound, case.dtype)}, repeats), bandwidth)
+    builders = {"head_grad_norm": partial(ours, params, bound), "mask + torch norm": partial(masked, params, bound),
+                "torch norm, dense": partial(dense, bound, case.dtype)}
+    return rows_of(case.name, time_each(builders, repeats), bandwidth)
 
 
 def main(argv: list[str] | None = None) -> None:

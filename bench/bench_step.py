@@ -15,56 +15,56 @@ import torch
 
 from bench.common import gate, table, write_rows
 from bench.counting import state_bytes
-from bench.finetune_methods import LORA, METHODS, SLICED
-from bench.timing import Entry, Unavailable, race, rows_of
-from bench.workloads import CASES, Case, prepared
+from bench.finetune_methods import FINETUNE_METHODS, LORA, SLICED
+from bench.timing import Timed, Unavailable, rows_of, time_each
+from bench.workloads import WORKLOADS, Workload, prepared
 
 
-def entry(case: Case, method: str, ratio: float) -> Entry:
+def timed_step(workload: Workload, method: str, ratio: float) -> Timed:
     try:
-        ready = prepared(case, method, ratio)
+        ready = prepared(workload, method, ratio)
     except ImportError as error:
         raise Unavailable(str(error)) from error
 
     def call() -> None:
-        case.loss(ready.model).backward()
+        workload.loss(ready.model).backward()
         ready.optimizer.step()
         ready.optimizer.zero_grad()
 
-    return Entry(call, lambda: {"note": f"{ready.trained / 1e6:.1f}M elements train, "
+    return Timed(call, lambda: {"note": f"{ready.trained / 1e6:.1f}M elements train, "
                                         f"state {state_bytes(ready.optimizer) / 2**20:.1f} MiB"})
 
 
-def parity(case: Case, ratio: float) -> None:
+def parity(workload: Workload, ratio: float) -> None:
     """Sliced and unsliced heads have the same loss after two steps."""
     losses = []
     for method in ("HeadAdamW", SLICED):
-        step = prepared(case, method, ratio)
+        step = prepared(workload, method, ratio)
         for _ in range(2):
-            case.loss(step.model).backward()
+            workload.loss(step.model).backward()
             step.optimizer.step()
             step.optimizer.zero_grad()
         with torch.no_grad():
-            losses.append(case.loss(step.model).item())
-    bound = 1e-5 if case.dtype == torch.float32 else 1e-2
-    gate(f"sliced training, {case.name}", abs(losses[1] / losses[0] - 1) < bound,
+            losses.append(workload.loss(step.model).item())
+    bound = 1e-5 if workload.dtype == torch.float32 else 1e-2
+    gate(f"sliced training, {workload.name}", abs(losses[1] / losses[0] - 1) < bound,
          f"loss {losses[1]:.8g}, unsliced {losses[0]:.8g}")
 
 
 def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, default="llama8b" if cuda else "smollm2")
+    parser.add_argument("--case", choices=WORKLOADS, default="llama8b" if cuda else "smollm2")
     parser.add_argument("--layers", type=int, help="default: 16 on a GPU, else all")
     parser.add_argument("--ratio", type=float, default=0.10)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
-    case = CASES[args.case](args.layers or (16 if cuda else None), "cuda" if cuda else "cpu")
-    parity(case, args.ratio)
-    methods = [name for name in METHODS if name != "frozen model"]
-    raced = race({name: partial(entry, case, name, args.ratio) for name in methods}, args.repeats)
-    rows = rows_of(f"{case.name}, {args.ratio:.0%} of heads", raced, against=LORA)
-    print(case.name)
+    workload = WORKLOADS[args.case](args.layers or (16 if cuda else None), "cuda" if cuda else "cpu")
+    parity(workload, args.ratio)
+    methods = [name for name in FINETUNE_METHODS if name != "frozen model"]
+    timings = time_each({name: partial(timed_step, workload, name, args.ratio) for name in methods}, args.repeats)
+    rows = rows_of(f"{workload.name}, {args.ratio:.0%} of heads", timings, against=LORA)
+    print(workload.name)
     table(rows, ("rival", "median_ms", "p20_ms", "p80_ms", "ratio", "peak_mib", "launches", "note"))
     print(write_rows("step", rows))
 

@@ -91,7 +91,7 @@ def _peft():
     return peft
 
 
-METHODS: dict[str, Callable[[nn.Module, HeadSelection], Ready]] = {
+FINETUNE_METHODS: dict[str, Callable[[nn.Module, HeadSelection], Ready]] = {
     "frozen model": nothing,
     "full fine-tuning": everything,
     "gradient mask, AdamW": gradient_mask,

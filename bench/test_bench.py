@@ -10,7 +10,7 @@ import torch
 from alps_kernels.ops import head_delta, head_delta_projection
 from alps_kernels.optim import HeadAdamW
 from alps_kernels.slicing import head_grad
-from bench import bench_grad_norm, bench_step, workloads as cases
+from bench import bench_grad_norm, bench_step, workloads
 from bench.attention import DEVICE, attention, bound_to
 from bench.baselines import OPTIONS
 from bench.bench_dw import ranges_of
@@ -69,4 +69,4 @@ def test_dw(benchmark, transposed, adjacent, ratio):
 
 @pytest.mark.parametrize("method", ["HeadAdamW", "slice_heads + HeadAdamW"])
 def test_training_step(benchmark, method):
-    run(benchmark, bench_step.entry(cases.smollm2(2, DEVICE, length=40), method, 0.1).call)
+    run(benchmark, bench_step.timed_step(workloads.smollm2(2, DEVICE, length=40), method, 0.1).call)

@@ -1,4 +1,4 @@
-"""Rivals timed in one run: one after the other on a GPU, in turns on a CPU, whose cores others use too."""
+"""Calls timed in one run: one after the other on a GPU, in turns on a CPU, whose cores others use too."""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ CUDA = torch.cuda.is_available()
 
 
 class Unavailable(RuntimeError):
-    """A rival that is not installed, or does not run on this device; the message says which."""
+    """A baseline is not installed, or does not run on this device; the message says which."""
 
 
 @dataclass
-class Entry:
-    """Something to time, and what to say of it afterwards (columns of its row)."""
+class Timed:
+    """A call to time, and further columns of its row, known after it."""
 
     call: Callable[[], object]
     facts: Callable[[], dict] = dict
 
 
-def race(builders: Mapping[str, Callable[[], Entry]], repeats: int = 7) -> dict[str, dict]:
-    """Time every rival; the columns of its row by name.
+def time_each(builders: Mapping[str, Callable[[], Timed]], repeats: int = 7) -> dict[str, dict]:
+    """Time the call of every builder; the columns of its row by name.
 
     Args:
-        builders: make a rival ready to run. On a GPU each is built when its turn comes and
-            dropped after it, so that peak memory is its own; on a CPU all are built, and every
-            round runs each of them once.
+        builders: prepare a call. On a GPU each is built when its turn comes and dropped after it, so that peak
+            memory is its own; on a CPU all are built, and every round runs each of them once.
 
     Returns:
         median_ms, p20_ms, p80_ms, peak_mib (what a call allocates at most on top of what is there), on a
-        GPU launches, and the rival's own facts; only a note of one that cannot run here.
+        GPU launches, and the call's own facts; only a note of one that cannot run here.
     """
     if CUDA:
         return {name: _alone(build, repeats) for name, build in builders.items()}
     found: dict[str, dict] = {}
-    ready: dict[str, Entry] = {}
+    ready: dict[str, Timed] = {}
     for name, build in builders.items():
         try:
             ready[name] = build()
@@ -54,29 +53,29 @@ def race(builders: Mapping[str, Callable[[], Entry]], repeats: int = 7) -> dict[
             found[name] = {"note": f"not run: {error}"}
     times: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(repeats):
-        for name, entry in ready.items():
+        for name, timed in ready.items():
             start = time.perf_counter()
-            entry.call()
+            timed.call()
             times[name].append((time.perf_counter() - start) * 1e3)
-    found |= {name: {**percentiles(times[name]), "peak_mib": allocated(entry.call) / 2**20, **entry.facts()}
-              for name, entry in ready.items()}
+    found |= {name: {**percentiles(times[name]), "peak_mib": allocated(timed.call) / 2**20, **timed.facts()}
+              for name, timed in ready.items()}
     return {name: found[name] for name in builders}
 
 
-def _alone(build: Callable[[], Entry], repeats: int) -> dict:
+def _alone(build: Callable[[], Timed], repeats: int) -> dict:
     gc.collect()
     torch.cuda.empty_cache()
     try:
-        entry = build()
-        entry.call()
+        timed = build()
+        timed.call()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        entry.call()
+        timed.call()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
-        return {**measure(entry.call, repeats=repeats), "peak_mib": peak / 2**20, "launches": launches(entry.call),
-                **entry.facts()}
+        return {**measure(timed.call, repeats=repeats), "peak_mib": peak / 2**20, "launches": launches(timed.call),
+                **timed.facts()}
     except Unavailable as error:
         return {"note": f"not run: {error}"}
     except torch.cuda.OutOfMemoryError:
@@ -104,13 +103,14 @@ def launches(call: Callable[[], object]) -> int:
                if "LaunchKernel" in event.key or "cudaMemcpyAsync" in event.key)
 
 
-def rows_of(case: str, raced: Mapping[str, dict], bandwidth: float | None = None, against: str | None = None) -> list[dict]:
-    """A row for every rival: its speed, its share of the copy bandwidth, its time over that of `against`, or the first.
+def rows_of(case: str, timings: Mapping[str, dict], bandwidth: float | None = None,
+            against: str | None = None) -> list[dict]:
+    """A row for every call: its speed, its share of the copy bandwidth, its time over that of `against`, or the first.
 
     The ratio is of 20th percentiles, which other work on the machine disturbs least.
     """
-    reference, rows = raced[against or next(iter(raced))].get("p20_ms"), []
-    for name, facts in raced.items():
+    reference, rows = timings[against or next(iter(timings))].get("p20_ms"), []
+    for name, facts in timings.items():
         row = {"case": case, "rival": name, **facts}
         if "bytes" in facts and "median_ms" in facts and bandwidth:
             gbps = facts["bytes"] / facts["median_ms"] / 1e6

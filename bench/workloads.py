@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from alps_kernels import HeadSelection, find_heads
-from bench.finetune_methods import METHODS, Ready
+from bench.finetune_methods import FINETUNE_METHODS, Ready
 from bench.shapes import SHAPES
 
 
 @dataclass
-class Case:
+class Workload:
     """A model, and the loss of one step of it.
 
     Attributes:
@@ -34,7 +34,7 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def smollm2(layers: int | None = None, device: str = "cpu", batch: int = 2, length: int = 128) -> Case:
+def smollm2(layers: int | None = None, device: str = "cpu", batch: int = 2, length: int = 128) -> Workload:
     """The real model, or its configuration with random weights where it cannot be fetched; float32."""
     from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -60,11 +60,11 @@ def smollm2(layers: int | None = None, device: str = "cpu", batch: int = 2, leng
         return model.to(device).train()
 
     name = f"SmolLM2-135M{'' if folder else ' (random weights)'}, {n_layers} of {shape.layers} layers, float32"
-    return Case(f"{name}, {batch} x {length} tokens, {device}", make,
-                lambda model: model(input_ids=ids, labels=ids).loss, batch * length, torch.float32)
+    return Workload(f"{name}, {batch} x {length} tokens, {device}", make,
+                    lambda model: model(input_ids=ids, labels=ids).loss, batch * length, torch.float32)
 
 
-def llama8b(layers: int | None = None, device: str = "meta", length: int = 2048) -> Case:
+def llama8b(layers: int | None = None, device: str = "meta", length: int = 2048) -> Workload:
     """The decoder layers alone: random weights, no embedding, no vocabulary, the loss a mean of squares; bfloat16."""
     from transformers import AttentionInterface, LlamaConfig, LlamaModel
 
@@ -92,18 +92,18 @@ def llama8b(layers: int | None = None, device: str = "meta", length: int = 2048)
         return inner.norm(hidden).float().square().mean()
 
     name = f"Llama-3.1-8B layer stack, {n_layers} of {shape.layers} layers, bfloat16, 1 x {length} tokens, {device}"
-    return Case(name, make, loss, length, torch.bfloat16,
-                {"SHiRA": "PEFT looks for the mask's elements, which the meta device does not have"} if meta else {})
+    absent = {"SHiRA": "PEFT looks for the mask's elements, which the meta device does not have"} if meta else {}
+    return Workload(name, make, loss, length, torch.bfloat16, absent)
 
 
-CASES = {"smollm2": smollm2, "llama8b": llama8b}
+WORKLOADS = {"smollm2": smollm2, "llama8b": llama8b}
 
 
-def prepared(case: Case, method: str, ratio: float) -> Ready:
+def prepared(workload: Workload, method: str, ratio: float) -> Ready:
     """The method's model for random heads at the ratio, the same heads for every method."""
     torch.manual_seed(0)
-    model = case.make()
-    return METHODS[method](model, HeadSelection.random(find_heads(model), ratio, seed=0))
+    model = workload.make()
+    return FINETUNE_METHODS[method](model, HeadSelection.random(find_heads(model), ratio, seed=0))
 
 
 def _counted_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, dropout=0.0,

@@ -3,11 +3,14 @@
 import triton
 import triton.language as tl
 
-from .numerics import LOG2E, divergences, exact_divergences, expm1_less
+from .series import LOG2E, divergences, exact_divergences, expm1_less
 
-# Columns of the tables that the host fills; `alps_kernels.ops.delta_tables` names them.
+# Columns of the tables `stats`, `starts` and `scans`, as in ops/delta/tables.py, and the lengths of their rows.
+STAT_E, STAT_MOVED, STAT_DD, STAT_BB, STAT_BD, STAT_TOP, STAT_FAR = map(tl.constexpr, range(7))
 STAT_FIELDS = tl.constexpr(8)
+START_CARRY, START_SHIFT, START_R, START_GROWTH, START_FAR = map(tl.constexpr, range(5))
 START_FIELDS = tl.constexpr(5)
+SCAN_STEPS, SCAN_KL, SCAN_JS, SCAN_AA, SCAN_AC, SCAN_CC = map(tl.constexpr, range(6))
 SCAN_FIELDS = tl.constexpr(8)
 
 
@@ -49,12 +52,12 @@ def last_of_8(x):
 @triton.jit
 def store_stats(out, e, dd, bb, bd, NORMS: tl.constexpr):
     """Sums of a tile from partial ones; the largest partial sum of e bounds the largest e."""
-    tl.store(out, sum_all(e))
-    tl.store(out + 2, sum_all(dd))
+    tl.store(out + STAT_E, sum_all(e))
+    tl.store(out + STAT_DD, sum_all(dd))
     if NORMS:
-        tl.store(out + 3, sum_all(bb))
-        tl.store(out + 4, sum_all(bd))
-    tl.store(out + 5, tl.max(tl.ravel(e), axis=0))
+        tl.store(out + STAT_BB, sum_all(bb))
+        tl.store(out + STAT_BD, sum_all(bd))
+    tl.store(out + STAT_TOP, tl.max(tl.ravel(e), axis=0))
 
 
 @triton.jit
@@ -66,7 +69,8 @@ def bound(dd, inv_tau):
 @triton.jit
 def load_start(starts_ptr, slot):
     start = starts_ptr + slot * START_FIELDS
-    return tl.load(start), tl.load(start + 1), tl.load(start + 2), tl.load(start + 3), tl.load(start + 4)
+    return (tl.load(start + START_CARRY), tl.load(start + START_SHIFT), tl.load(start + START_R),
+            tl.load(start + START_GROWTH), tl.load(start + START_FAR))
 
 
 @triton.jit
@@ -88,7 +92,8 @@ def step(b, d, mask, start, inv_tau, sums, FULL: tl.constexpr, EXTRA: tl.constex
             weighted = e * square
             first = add(first, weighted)
             second, third = add_products(second, weighted, m), add_products(third, weighted, square)
-        sums = (first, second, third, add_products(aa, e, e), add_products(ac, e, change), add_products(cc, change, change))
+        aa, ac, cc = add_products(aa, e, e), add_products(ac, e, change), add_products(cc, change, change)
+        sums = (first, second, third, aa, ac, cc)
     return tl.cumsum(change, axis=1), sums
 
 
@@ -103,14 +108,14 @@ def lengths(inside, before, counted, FULL: tl.constexpr):
 
 @triton.jit
 def store_scan(out, steps, sums, growth, EXTRA: tl.constexpr, EXACT: tl.constexpr):
-    tl.store(out, sum_all(steps))
+    tl.store(out + SCAN_STEPS, sum_all(steps))
     if EXTRA:
         first, second, third, aa, ac, cc = sums
         kl, js = sum_all(first), sum_all(second)
         if not EXACT:
             kl, js = divergences(kl, js, sum_all(third), growth)
-        tl.store(out + 1, kl)
-        tl.store(out + 2, js)
-        tl.store(out + 3, sum_all(aa))
-        tl.store(out + 4, sum_all(ac))
-        tl.store(out + 5, sum_all(cc))
+        tl.store(out + SCAN_KL, kl)
+        tl.store(out + SCAN_JS, js)
+        tl.store(out + SCAN_AA, sum_all(aa))
+        tl.store(out + SCAN_AC, sum_all(ac))
+        tl.store(out + SCAN_CC, sum_all(cc))

@@ -3,23 +3,40 @@
 import triton
 import triton.language as tl
 
-from .numerics import (
-    adamw_step,
-    decode8,
-    encode8,
-    encode8_stochastically,
-    join_bf16,
-    join_fp16,
-    random16,
-    round_stochastically,
-    split_bf16,
-    split_fp16,
-)
+from .quantize8 import decode8, encode8, encode8_stochastically
+from .rounding import EXP_AVG_BITS, EXP_AVG_SQ_BITS, PARAM_BITS, join, random16, round_stochastically, split
 
-# Columns of the tables that the host fills; `alps_kernels.ops.adamw_tables` names them.
-TILE_FIELDS = tl.constexpr(14)
-POINTER_FIELDS = tl.constexpr(12)
-HYPER_FIELDS = tl.constexpr(9)
+# Columns of the tables; the rows `Tile`, `Pointers` and `HyperRow` of `alps_kernels/ops/adamw` have the same order.
+# Work list, int64, one row for each tile:
+(TILE_PARAM, TILE_HYPER, TILE_P_OFF, TILE_G_OFF, TILE_S_OFF, TILE_P_STRIDE, TILE_G_STRIDE, TILE_S_STRIDE, TILE_FIRST,
+ TILE_WIDTH, TILE_LIMIT, TILE_SCALE, TILE_COPY_OFF, TILE_COPY_STRIDE, TILE_FIELDS) = map(tl.constexpr, range(15))
+# Addresses, int64, one row for each parameter:
+(POINTER_PARAM, POINTER_GRAD, POINTER_EXP_AVG, POINTER_EXP_AVG_SQ, POINTER_MAX_EXP_AVG_SQ, POINTER_LOW,
+ POINTER_EXP_AVG_SCALE, POINTER_EXP_AVG_SQ_SCALE, POINTER_WEIGHT_COPY, POINTER_HYPER, POINTER_STREAM, POINTER_SEED,
+ POINTER_FIELDS) = map(tl.constexpr, range(13))
+# Hyperparameters of one step, float32:
+(HYPER_DECAY, HYPER_WEIGHT1, HYPER_BETA2, HYPER_WEIGHT2, HYPER_INV_ROOT2, HYPER_EPS, HYPER_STEP_SIZE, HYPER_SIGN,
+ HYPER_STEP, HYPER_FIELDS) = map(tl.constexpr, range(10))
+
+
+@triton.jit
+def adamw_step(p, g, m, v, v_max, decay, weight1, beta2, weight2, inv_root2, eps, step_size, AMSGRAD: tl.constexpr):
+    """One AdamW step in float32, each operation rounded; weight = 1 - beta, inv_root2 = 1 / sqrt(c2).
+
+    The order is torch's single-tensor path, but that sqrt(v) is multiplied by 1 / sqrt(c2) where
+    torch divides by sqrt(c2): one rounding more, at most 1 ulp of the update.
+    """
+    p = p * decay
+    # torch's lerp: from the nearer end, so that beta1 = 0 gives g itself
+    m = tl.where(weight1 < 0.5, m + weight1 * (g - m), g - (g - m) * (1.0 - weight1))
+    v = v * beta2 + weight2 * g * g
+    if AMSGRAD:  # a NaN stays one, as in torch.maximum
+        v_max = tl.where((v > v_max) | (v != v), v, v_max)
+        root = tl.sqrt_rn(v_max)
+    else:
+        root = tl.sqrt_rn(v)
+    p = p - step_size * tl.div_rn(m, root * inv_root2 + eps)
+    return p, m, v, v_max
 
 
 @triton.jit
@@ -32,8 +49,8 @@ def _field(row, index: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _pointer(row, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(row).to(tl.pointer_type(DTYPE))
+def _pointer(row, index: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(row + index).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -46,9 +63,9 @@ def _places(tile, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
     ALIGNED: eight neighbours lie in one row, so that row and column are those of the group,
     [GROUPS, 1], and one division serves eight elements.
     """
-    first = _field(tile, 8, ALIGNED).to(tl.int32)
-    width = _field(tile, 9, ALIGNED).to(tl.int32)
-    limit = _field(tile, 10, ALIGNED).to(tl.int32)
+    first = _field(tile, TILE_FIRST, ALIGNED).to(tl.int32)
+    width = _field(tile, TILE_WIDTH, ALIGNED).to(tl.int32)
+    limit = _field(tile, TILE_LIMIT, ALIGNED).to(tl.int32)
     if ALIGNED:
         at = first // 8 + tl.arange(0, GROUPS)[:, None]
         row = at // (width // 8)
@@ -65,39 +82,10 @@ def _places(tile, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _joined(p, low_ptrs, mask, MASTER: tl.constexpr):
-    """The float32 weights that param and its low part stand for."""
-    if MASTER == "split":
-        low = tl.load(low_ptrs, mask=mask, other=0)
-        return join_bf16(p, low) if p.dtype == tl.bfloat16 else join_fp16(p, low)
-    if MASTER == "kahan":
-        return p.to(tl.float32) + tl.load(low_ptrs, mask=mask, other=0.0).to(tl.float32)
-    return p.to(tl.float32)
-
-
-@triton.jit
-def _parted(master, low_ptrs, mask, PARAM: tl.constexpr, MASTER: tl.constexpr):
-    """param's part of float32 weights; the rest is stored."""
-    if MASTER == "split":
-        if PARAM == tl.bfloat16:
-            p, low = split_bf16(master)
-        else:
-            p, low = split_fp16(master)
-        tl.store(low_ptrs, low, mask=mask)
-        return p
-    p = master.to(PARAM)
-    if MASTER == "kahan":
-        wide = p.to(tl.float32)
-        rest = tl.where(tl.abs(wide) <= 3.4028234663852886e38, master - wide, 0.0)
-        tl.store(low_ptrs, rest.to(PARAM), mask=mask)
-    return p
-
-
-@triton.jit
 def head_adamw_kernel(
     tiles_ptr, pointers_ptr, hypers_ptr, control_ptr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, MASTER: tl.constexpr, AMSGRAD: tl.constexpr,
-    MIRROR: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
+    WEIGHT_COPY: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):
     """One AdamW step on the selected slices of many weights, in place.
 
@@ -116,31 +104,33 @@ def head_adamw_kernel(
     Untouched  elements outside the work list are neither read nor written
     Bytes      per element: 2 of param, grad once, 2 of each moment: 22 for bf16 weights with fp32
                moments, 26 with MASTER "split" or "kahan", 28 for fp32; 14.25 for bf16 "split" with
-               8-bit moments; MIRROR: one more of param; and 112 of work list for each tile
+               8-bit moments; WEIGHT_COPY: one more of param; and 112 of work list for each tile
     """
     if control_ptr is not None:
         if tl.load(control_ptr + 1) != 0.0:
             return
     tile = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
-    pointers = pointers_ptr + tl.load(tile) * POINTER_FIELDS
-    hypers = hypers_ptr + (tl.load(pointers + 9) + tl.load(tile + 1)) * HYPER_FIELDS
+    pointers = pointers_ptr + tl.load(tile + TILE_PARAM) * POINTER_FIELDS
+    hypers = hypers_ptr + (tl.load(pointers + POINTER_HYPER) + tl.load(tile + TILE_HYPER)) * HYPER_FIELDS
     row, col, lane, mask = _places(tile, ALIGNED, GROUPS)
-    offs_p = _field(tile, 2, ALIGNED) + row * _field(tile, 5, ALIGNED) + col + lane
-    offs_g = _field(tile, 3, ALIGNED) + row * _field(tile, 6, ALIGNED) + col + lane
-    place = _field(tile, 4, ALIGNED) + row * _field(tile, 7, ALIGNED) + col
+    offs_p = _field(tile, TILE_P_OFF, ALIGNED) + row * _field(tile, TILE_P_STRIDE, ALIGNED) + col + lane
+    offs_g = _field(tile, TILE_G_OFF, ALIGNED) + row * _field(tile, TILE_G_STRIDE, ALIGNED) + col + lane
+    place = _field(tile, TILE_S_OFF, ALIGNED) + row * _field(tile, TILE_S_STRIDE, ALIGNED) + col
     QUANTISED: tl.constexpr = MOMENT == tl.int8
-    p_ptrs = _pointer(pointers, PARAM, ALIGNED) + offs_p
-    m_ptrs = _pointer(pointers + 2, MOMENT, ALIGNED) + (place + lane)
-    v_ptrs = _pointer(pointers + 3, tl.uint8 if QUANTISED else MOMENT, ALIGNED) + (place + lane)
-    low_ptrs = _pointer(pointers + 5, tl.int16 if MASTER == "split" else PARAM, ALIGNED) + (place + lane)
+    p_ptrs = _pointer(pointers, POINTER_PARAM, PARAM, ALIGNED) + offs_p
+    m_ptrs = _pointer(pointers, POINTER_EXP_AVG, MOMENT, ALIGNED) + (place + lane)
+    v_ptrs = _pointer(pointers, POINTER_EXP_AVG_SQ, tl.uint8 if QUANTISED else MOMENT, ALIGNED) + (place + lane)
+    low_ptrs = _pointer(pointers, POINTER_LOW, tl.int16 if MASTER == "split" else PARAM, ALIGNED) + (place + lane)
 
-    master = _joined(tl.load(p_ptrs, mask=mask, other=0.0), low_ptrs, mask, MASTER)
-    g = tl.load(_pointer(pointers + 1, GRAD, ALIGNED) + offs_g, mask=mask, other=0.0).to(tl.float32)
+    master = join(tl.load(p_ptrs, mask=mask, other=0.0), low_ptrs, mask, MASTER)
+    g = tl.load(_pointer(pointers, POINTER_GRAD, GRAD, ALIGNED) + offs_g, mask=mask, other=0.0).to(tl.float32)
     if QUANTISED:
         group = tl.arange(0, GROUPS)[:, None]
-        real = group * 8 < tl.load(tile + 10)
-        m_scale_ptrs = _pointer(pointers + 6, tl.float32, False) + (tl.load(tile + 11) + group // 8)
-        v_scale_ptrs = _pointer(pointers + 7, tl.float32, False) + (tl.load(tile + 11) + group // 8)
+        real = group * 8 < tl.load(tile + TILE_LIMIT)
+        m_scale_ptrs = _pointer(pointers, POINTER_EXP_AVG_SCALE, tl.float32, False) + (
+            tl.load(tile + TILE_SCALE) + group // 8)
+        v_scale_ptrs = _pointer(pointers, POINTER_EXP_AVG_SQ_SCALE, tl.float32, False) + (
+            tl.load(tile + TILE_SCALE) + group // 8)
         m = decode8(tl.load(m_ptrs, mask=mask, other=0), tl.load(m_scale_ptrs, mask=real, other=0.0))
         v = decode8(tl.load(v_ptrs, mask=mask, other=0), tl.load(v_scale_ptrs, mask=real, other=0.0))
     else:
@@ -148,28 +138,29 @@ def head_adamw_kernel(
         v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
     v_max = v
     if AMSGRAD:
-        v_max_ptrs = _pointer(pointers + 4, MOMENT, ALIGNED) + (place + lane)
+        v_max_ptrs = _pointer(pointers, POINTER_MAX_EXP_AVG_SQ, MOMENT, ALIGNED) + (place + lane)
         v_max = tl.load(v_max_ptrs, mask=mask, other=0.0).to(tl.float32)
 
-    factor = tl.load(hypers + 7)  # -1 to maximize
+    factor = tl.load(hypers + HYPER_SIGN)  # -1 to maximize
     if control_ptr is not None:
         factor *= tl.load(control_ptr)
     master, m, v, v_max = adamw_step(
-        master, g * factor, m, v, v_max, tl.load(hypers), tl.load(hypers + 1), tl.load(hypers + 2),
-        tl.load(hypers + 3), tl.load(hypers + 4), tl.load(hypers + 5), tl.load(hypers + 6), AMSGRAD)
+        master, g * factor, m, v, v_max, tl.load(hypers + HYPER_DECAY), tl.load(hypers + HYPER_WEIGHT1),
+        tl.load(hypers + HYPER_BETA2), tl.load(hypers + HYPER_WEIGHT2), tl.load(hypers + HYPER_INV_ROOT2),
+        tl.load(hypers + HYPER_EPS), tl.load(hypers + HYPER_STEP_SIZE), AMSGRAD)
 
-    step = tl.load(hypers + 8).to(tl.int32)
-    stream = tl.load(pointers + 10) * 4
-    seed = tl.load(pointers + 11)
+    step = tl.load(hypers + HYPER_STEP).to(tl.int32)
+    stream = tl.load(pointers + POINTER_STREAM) * 4
+    seed = tl.load(pointers + POINTER_SEED)
     if MASTER == "stochastic":
-        p = round_stochastically(master, random16(place, lane, seed, step, stream, ALIGNED), PARAM)
+        p = round_stochastically(master, random16(place, lane, seed, step, stream + PARAM_BITS, ALIGNED), PARAM)
     else:
-        p = _parted(master, low_ptrs, mask, PARAM, MASTER)
+        p = split(master, low_ptrs, mask, PARAM, MASTER)
     tl.store(p_ptrs, p, mask=mask)
-    if MIRROR:
-        if tl.load(pointers + 8) != 0:
-            offs_w = _field(tile, 12, ALIGNED) + row * _field(tile, 13, ALIGNED) + col + lane
-            tl.store(_pointer(pointers + 8, PARAM, ALIGNED) + offs_w, p, mask=mask)
+    if WEIGHT_COPY:
+        if tl.load(pointers + POINTER_WEIGHT_COPY) != 0:
+            offs_c = _field(tile, TILE_COPY_OFF, ALIGNED) + row * _field(tile, TILE_COPY_STRIDE, ALIGNED) + col + lane
+            tl.store(_pointer(pointers, POINTER_WEIGHT_COPY, PARAM, ALIGNED) + offs_c, p, mask=mask)
     if MOMENT == tl.float32:
         tl.store(m_ptrs, m, mask=mask)
         tl.store(v_ptrs, v, mask=mask)
@@ -177,13 +168,13 @@ def head_adamw_kernel(
         codes, scale = encode8(m)
         tl.store(m_ptrs, codes.to(tl.int8), mask=mask)
         tl.store(m_scale_ptrs, scale, mask=real & (group % 8 == 0))
-        codes, scale = encode8_stochastically(v, random16(place, lane, seed, step, stream + 2, ALIGNED))
+        codes, scale = encode8_stochastically(v, random16(place, lane, seed, step, stream + EXP_AVG_SQ_BITS, ALIGNED))
         tl.store(v_ptrs, codes.to(tl.uint8), mask=mask)
         tl.store(v_scale_ptrs, scale, mask=real & (group % 8 == 0))
     else:
-        noise = random16(place, lane, seed, step, stream + 1, ALIGNED)
+        noise = random16(place, lane, seed, step, stream + EXP_AVG_BITS, ALIGNED)
         tl.store(m_ptrs, round_stochastically(m, noise, MOMENT), mask=mask)
-        noise = random16(place, lane, seed, step, stream + 2, ALIGNED)
+        noise = random16(place, lane, seed, step, stream + EXP_AVG_SQ_BITS, ALIGNED)
         tl.store(v_ptrs, round_stochastically(v, noise, MOMENT), mask=mask)
     if AMSGRAD:
         tl.store(v_max_ptrs, v_max.to(MOMENT), mask=mask)
@@ -206,7 +197,7 @@ def head_grad_norm_kernel(
     """
     tile = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
     row, col, lane, mask = _places(tile, ALIGNED, GROUPS)
-    g_ptrs = _pointer(pointers_ptr + tl.load(tile) * POINTER_FIELDS + 1, GRAD, ALIGNED) + (
-        _field(tile, 3, ALIGNED) + row * _field(tile, 6, ALIGNED) + col + lane)
+    g_ptrs = _pointer(pointers_ptr + tl.load(tile + TILE_PARAM) * POINTER_FIELDS, POINTER_GRAD, GRAD, ALIGNED) + (
+        _field(tile, TILE_G_OFF, ALIGNED) + row * _field(tile, TILE_G_STRIDE, ALIGNED) + col + lane)
     g = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(g * g, 1), 0))

@@ -8,22 +8,17 @@ import triton
 import triton.language as tl
 
 from .delta_sums import (
-    SCAN_FIELDS,
-    STAT_FIELDS,
-    add_products,
-    bound,
-    halves,
-    last_of_8,
-    lengths,
-    load_start,
-    step,
-    store_scan,
-    store_stats,
-    sum_all,
+    SCAN_FIELDS, START_CARRY, START_FAR, START_GROWTH, STAT_FAR, STAT_FIELDS, STAT_MOVED, add_products, bound,
+    halves, last_of_8, lengths, load_start, step, store_scan, store_stats, sum_all,
 )
-from .numerics import LOG2E, TAYLOR, expm1_less
+from .series import LOG2E, TAYLOR, expm1_less
 
+# Columns of the tables `tiles` and `segments`, as in ops/delta/tables.py, and the lengths of their rows.
+TILE_BASE, TILE_TASK, TILE_SLOT, TILE_COUNT, TILE_LAST = map(tl.constexpr, range(5))
+TILE_SEGMENT, TILE_START = TILE_BASE, TILE_TASK  # of a tile that is not flat
 TILE_FIELDS = tl.constexpr(5)
+SEGMENT_BASE, SEGMENT_TASK, SEGMENT_COLS = map(tl.constexpr, range(3))
+SEGMENT_BASE_ROW, SEGMENT_BASE_COL, SEGMENT_TASK_ROW, SEGMENT_TASK_COL = map(tl.constexpr, range(3, 7))  # strides
 SEGMENT_FIELDS = tl.constexpr(8)
 
 
@@ -31,19 +26,22 @@ SEGMENT_FIELDS = tl.constexpr(8)
 def _places(row, segments_ptr, FLAT: tl.constexpr):
     """Where `_read` finds a tile in both models."""
     if FLAT:
-        return (tl.load(row), 0, 0, 0, 0, 0), (tl.load(row + 1), 0, 0, 0, 0, 0)
+        return (tl.load(row + TILE_BASE), 0, 0, 0, 0, 0), (tl.load(row + TILE_TASK), 0, 0, 0, 0, 0)
     else:
-        segment = segments_ptr + tl.load(row) * SEGMENT_FIELDS
-        start, cols = tl.load(row + 1), tl.load(segment + 2)
+        segment = segments_ptr + tl.load(row + TILE_SEGMENT) * SEGMENT_FIELDS
+        start, cols = tl.load(row + TILE_START), tl.load(segment + SEGMENT_COLS)
         at, col, width = start // cols, (start % cols).to(tl.int32), cols.to(tl.int32)
-        return ((tl.load(segment), at, col, width, tl.load(segment + 3), tl.load(segment + 4)),
-                (tl.load(segment + 1), at, col, width, tl.load(segment + 5), tl.load(segment + 6)))
+        base = (tl.load(segment + SEGMENT_BASE), at, col, width,
+                tl.load(segment + SEGMENT_BASE_ROW), tl.load(segment + SEGMENT_BASE_COL))
+        task = (tl.load(segment + SEGMENT_TASK), at, col, width,
+                tl.load(segment + SEGMENT_TASK_ROW), tl.load(segment + SEGMENT_TASK_COL))
+        return base, task
 
 
 @triton.jit
 def _count(row, FLAT: tl.constexpr):
     """How many elements a tile has."""
-    count = tl.load(row + 3).to(tl.int32)
+    count = tl.load(row + TILE_COUNT).to(tl.int32)
     return tl.multiple_of(count, 16) if FLAT else count
 
 
@@ -83,7 +81,8 @@ def _read(place, first, there, DTYPE: tl.constexpr, FLAT: tl.constexpr, FULL: tl
 @triton.jit
 def _moved_far(
     base, task, there, inv_tau,
-    BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):
     """A tile's sum of e u and its largest abs(x), read once more: the short series does not hold in it."""
     moved, farthest = tl.zeros((LANES, 4), tl.float32), tl.zeros((LANES, 8), tl.float32)
@@ -141,13 +140,14 @@ def head_delta_stats_kernel(
             dd = tl.fma(d, d, dd)
             if NORMS:
                 bb, bd = tl.fma(b, b, bb), tl.fma(b, d, bd)
-    out = stats_ptr + tl.load(row + 2) * STAT_FIELDS
-    store_stats(out, e_sum, dd, bb, bd, NORMS)  # ahead of the branch: else the sums are formed behind it, from what they sum
+    out = stats_ptr + tl.load(row + TILE_SLOT) * STAT_FIELDS
+    # ahead of the branch: else the sums are formed behind it, from what they sum
+    store_stats(out, e_sum, dd, bb, bd, NORMS)
     moves, farthest = sum_all(moved), bound(dd, inv_tau)
     if farthest > TAYLOR:
         moves, farthest = _moved_far(base, task, there, inv_tau, BASE, TASK, FLAT, FULL, BLOCK, LANES)
-    tl.store(out + 1, moves)
-    tl.store(out + 6, farthest)
+    tl.store(out + STAT_MOVED, moves)
+    tl.store(out + STAT_FAR, farthest)
 
 
 @triton.jit
@@ -180,15 +180,17 @@ def _scan_tile(
     FULL: tl.constexpr, EXTRA: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):
     none = tl.zeros((LANES, 4), tl.float32)
-    state = (start[0], tl.zeros((LANES,), tl.float32), (none, none, none, none, none, none))
+    state = (start[START_CARRY], tl.zeros((LANES,), tl.float32), (none, none, none, none, none, none))
     if EXACT or not FLAT or BASE != TASK:  # the rare ones: short code
         for chunk in tl.range(0, BLOCK, LANES * 16):
-            state = _scan_chunk(chunk, state, base, task, there, counted, start, inv_tau, BASE, TASK, FLAT, FULL, EXTRA, EXACT, LANES)
+            state = _scan_chunk(chunk, state, base, task, there, counted, start, inv_tau,
+                                BASE, TASK, FLAT, FULL, EXTRA, EXACT, LANES)
     else:
         for chunk in tl.static_range(0, BLOCK, LANES * 16):
-            state = _scan_chunk(chunk, state, base, task, there, counted, start, inv_tau, BASE, TASK, FLAT, FULL, EXTRA, EXACT, LANES)
+            state = _scan_chunk(chunk, state, base, task, there, counted, start, inv_tau,
+                                BASE, TASK, FLAT, FULL, EXTRA, EXACT, LANES)
     _, steps, sums = state
-    store_scan(out, steps, sums, start[3], EXTRA, EXACT)
+    store_scan(out, steps, sums, start[START_GROWTH], EXTRA, EXACT)
 
 
 @triton.jit
@@ -217,10 +219,10 @@ def head_delta_scan_kernel(
     """
     row = tiles_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * TILE_FIELDS
     base, task = _places(row, segments_ptr, FLAT)
-    slot, there = tl.load(row + 2), _count(row, FLAT)
-    counted = there - tl.load(row + 4).to(tl.int32)
+    slot, there = tl.load(row + TILE_SLOT), _count(row, FLAT)
+    counted = there - tl.load(row + TILE_LAST).to(tl.int32)
     start, out = load_start(starts_ptr, slot), scans_ptr + slot * SCAN_FIELDS
-    if start[4] <= TAYLOR:
+    if start[START_FAR] <= TAYLOR:
         _scan_tile(base, task, there, counted, start, inv_tau, out, BASE, TASK, FLAT, FULL, EXTRA, False, BLOCK, LANES)
     else:
         _scan_tile(base, task, there, counted, start, inv_tau, out, BASE, TASK, FLAT, FULL, EXTRA, True, BLOCK, LANES)

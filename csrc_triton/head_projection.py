@@ -4,18 +4,14 @@ import triton
 import triton.language as tl
 
 from .delta_sums import (
-    SCAN_FIELDS,
-    STAT_FIELDS,
-    bound,
-    last_of_8,
-    lengths,
-    load_start,
-    step,
-    store_scan,
-    store_stats,
-    sum_all,
+    SCAN_FIELDS, START_CARRY, START_FAR, START_GROWTH, STAT_FAR, STAT_FIELDS, STAT_MOVED, bound, last_of_8, lengths,
+    load_start, step, store_scan, store_stats, sum_all,
 )
-from .numerics import LOG2E, TAYLOR, expm1_less
+from .series import LOG2E, TAYLOR, expm1_less
+
+# Columns of the table `heads`, as in ops/delta/tables.py, and the length of its rows.
+HEAD_Q_BASE, HEAD_Q_TASK, HEAD_GROUP = map(tl.constexpr, range(3))
+HEAD_FIELDS = tl.constexpr(3)
 
 
 @triton.jit
@@ -26,10 +22,10 @@ def _form_projection(
 ):
     """ROWS rows of W_h = q^T M and of its change dq^T M_T + q^T dM, row-major [ROWS * V_PAD]."""
     head, tile = tl.program_id(0), tl.program_id(1)
-    entry = heads_ptr + head.to(tl.int64) * 3
-    qb_ptr = tl.load(entry).to(tl.pointer_type(BASE))
-    qt_ptr = tl.load(entry + 1).to(tl.pointer_type(TASK))
-    group = tl.load(entry + 2)
+    entry = heads_ptr + head.to(tl.int64) * HEAD_FIELDS
+    qb_ptr = tl.load(entry + HEAD_Q_BASE).to(tl.pointer_type(BASE))
+    qt_ptr = tl.load(entry + HEAD_Q_TASK).to(tl.pointer_type(TASK))
+    group = tl.load(entry + HEAD_GROUP)
     rows = tile * ROWS + tl.arange(0, ROWS)
     vs = tl.arange(0, V_PAD)
     w = tl.zeros((ROWS, V_PAD), dtype=tl.float32)
@@ -86,8 +82,8 @@ def projection_stats_kernel(
         moved = sum_all(e * expm1_less(dw, 0.0, inv_tau, False))
     else:
         moved = sum_all(e * expm1_less(dw, 0.0, inv_tau, True))
-    tl.store(out + 1, moved)
-    tl.store(out + 6, farthest)
+    tl.store(out + STAT_MOVED, moved)
+    tl.store(out + STAT_FAR, farthest)
 
 
 @triton.jit
@@ -95,8 +91,8 @@ def _scan_projection(w, dw, mask, counted, start, inv_tau, out, EXTRA: tl.conste
     none = tl.zeros((w.shape[0], 4), tl.float32)
     inside, sums = step(w, dw, mask, start, inv_tau, (none, none, none, none, none, none), False, EXTRA, EXACT)
     whole = last_of_8(inside)
-    before = start[0] + (tl.cumsum(whole, axis=0) - whole)
-    store_scan(out, lengths(inside, before, counted, False), sums, start[3], EXTRA, EXACT)
+    before = start[START_CARRY] + (tl.cumsum(whole, axis=0) - whole)
+    store_scan(out, lengths(inside, before, counted, False), sums, start[START_GROWTH], EXTRA, EXACT)
 
 
 @triton.jit
@@ -114,7 +110,7 @@ def projection_scan_kernel(
         heads_ptr, mb_ptr, mt_ptr, md_ptr, d_model, stride_qb, stride_qt,
         BASE, TASK, D_K, D_V, V_PAD, ROWS, K_BLOCK, PRECISION)
     start, out = load_start(starts_ptr, slot), scans_ptr + slot * SCAN_FIELDS
-    if start[4] <= TAYLOR:
+    if start[START_FAR] <= TAYLOR:
         _scan_projection(w, dw, mask, counted, start, inv_tau, out, EXTRA, False)
     else:
         _scan_projection(w, dw, mask, counted, start, inv_tau, out, EXTRA, True)

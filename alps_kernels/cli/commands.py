@@ -1,4 +1,4 @@
-"""The command line `alps`: it parses, calls and prints.
+"""The command line `alps`: score, heads, plot, demo, bench.
 
 A user's mistake ends with one line on standard error and exit code 2; nothing else is caught.
 """
@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from .patch import patch_app
+from .shared import Config, Json, show
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="ALPS: score attention heads, keep the top ones, train those alone.")
@@ -20,24 +21,25 @@ heads_app = typer.Typer(no_args_is_help=True, help="Look at files of selected he
 app.add_typer(heads_app, name="heads")
 app.add_typer(patch_app, name="patch")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
-
 
 @app.command()
 def score(
     base: Annotated[str, typer.Argument(help="The base model: a checkpoint folder or file.")],
     task: Annotated[str, typer.Argument(help="The task model, of the same architecture.")],
-    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Write the scores (.json or .safetensors).")] = None,
+    output: Annotated[Optional[Path], typer.Option(
+        "-o", "--output", help="Write the scores (.json or .safetensors).")] = None,
     plot: Annotated[Optional[Path], typer.Option(help="Write the layer x head heat map (.png, .pdf).")] = None,
     top: Annotated[float, typer.Option(help="Ratio of heads to keep.")] = 0.10,
     heads: Annotated[Optional[Path], typer.Option(help="Write the kept heads (.json).")] = None,
-    metric: Annotated[str, typer.Option(help="pad, pad_index, pad_values, kl, js, cosine, cosine_weights, euclidean, relative.")] = "pad",
+    metric: Annotated[str, typer.Option(
+        help="pad, pad_index, pad_values, kl, js, cosine, cosine_weights, euclidean, relative.")] = "pad",
     representation: Annotated[str, typer.Option(help="projection, qkv, q, k, v, o, qkvo.")] = "projection",
     temperature: Annotated[float, typer.Option(help="tau of the softmax.")] = 1.0,
-    attention: Annotated[str, typer.Option(help="Which attention: all, self, cross, or a tower such as decoder.")] = "all",
+    attention: Annotated[str, typer.Option(
+        help="Which attention: all, self, cross, or a tower such as decoder.")] = "all",
     scope: Annotated[str, typer.Option(help="Rank over the whole model, or within each layer.")] = "model",
     kv: Annotated[str, typer.Option(help="When a shared key/value group trains: any, none, all.")] = "any",
-    config: Annotated[Optional[Path], typer.Option(help="config.json, where the checkpoints have none.")] = None,
+    config: Config = None,
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda; default cpu.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -61,13 +63,8 @@ def score(
         selection.save(heads)
     if plot:
         scores.plot(plot, heads=selection)
-    if as_json:
-        typer.echo(json.dumps({"scores": scores.rows(), "heads": [list(head) for head in selection]}))
-        return
-    typer.echo(str(scores))
-    typer.echo(str(selection))
-    for path in filter(None, (output, heads, plot)):
-        typer.echo(f"wrote {path}", err=True)
+    show(as_json, {"scores": scores.rows(), "heads": [list(head) for head in selection]}, f"{scores}\n{selection}",
+         filter(None, (output, heads, plot)))
 
 
 @heads_app.command("show")
@@ -79,16 +76,12 @@ def heads_show(
     from ..selection import HeadSelection
 
     selection = HeadSelection.load(path)
-    if as_json:
-        count = selection.count() if selection.summary is not None else None
-        typer.echo(json.dumps({
-            "heads": [list(head) for head in selection], "of": sum(selection.heads_per_layer),
-            "kv": selection.kv, "parts": list(selection.parts),
-            "trained": count and count.trained, "total": count and count.total,
-            "share_qkv": count and count.share(),
-        }))
-        return
-    typer.echo(str(selection))
+    count = selection.count() if selection.summary is not None else None
+    show(as_json, {
+        "heads": [list(head) for head in selection], "of": sum(selection.heads_per_layer),
+        "kv": selection.kv, "parts": list(selection.parts),
+        "trained": count and count.trained, "total": count and count.total, "share_qkv": count and count.share(),
+    }, str(selection))
 
 
 @app.command()
@@ -117,7 +110,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Score, select and fine-tune SmolLM2-135M on short sums: the whole method in one run."""
-    from ..demo.run import run_demo
+    from ..demo import run_demo
 
     results = run_demo(out, tiny=tiny, device=device, say=lambda text: typer.echo(text, err=as_json))
     if as_json:
@@ -128,15 +121,16 @@ def demo(
 def bench(context: typer.Context) -> None:
     """Run the microbenchmarks (from a checkout: they live in the folder bench)."""
     try:
-        from ...bench.__main__ import main as run
+        from bench.__main__ import main as run
     except ModuleNotFoundError as error:
-        raise FileNotFoundError("the benchmarks are in the repository's folder bench: run this from a checkout") from error
+        raise FileNotFoundError("the benchmarks are in the repository's folder bench: "
+                                "run this from a checkout") from error
     raise typer.Exit(run(context.args))
 
 
 def main() -> None:
     """Entry point: a user's mistake costs one line, not a traceback."""
-    from ..demo.assets import AssetUnavailable
+    from ..demo import AssetUnavailable
 
     try:
         app()
@@ -146,7 +140,3 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("alps: interrupted", err=True)
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

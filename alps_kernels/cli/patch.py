@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-patch_app = typer.Typer(no_args_is_help=True, help="Head patches: the tuned slices of some heads, as a file of their own.")
+from .shared import Config, Json, NewFolder, PatchFile, show
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="The new folder; it appears whole or not at all.")]
-Config = Annotated[Optional[Path], typer.Option(help="config.json, where the checkpoint has none.")]
-PatchFile = Annotated[Path, typer.Argument(help="A patch (.safetensors) that `alps patch make` or save_patch wrote.")]
+patch_app = typer.Typer(no_args_is_help=True,
+                        help="Head patches: the tuned slices of some heads, as a file of their own.")
 
 
 @patch_app.command()
@@ -22,7 +19,8 @@ def make(
     tuned: Annotated[Path, typer.Argument(help="The checkpoint folder after tuning.")],
     heads: Annotated[Path, typer.Option(help="The heads that were tuned (.json of alps score --heads).")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The patch to write (.safetensors).")],
-    allow_outside_changes: Annotated[bool, typer.Option(help="Leave out what changed outside the heads instead of refusing.")] = False,
+    allow_outside_changes: Annotated[bool, typer.Option(
+        help="Leave out what changed outside the heads instead of refusing.")] = False,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -30,26 +28,25 @@ def make(
     from ..patching import patch_from_checkpoints
     from ..selection import HeadSelection
 
+    provenance = {"base": base.resolve().name, "tuned": tuned.resolve().name, "heads": heads.name}
     patch = patch_from_checkpoints(base, tuned, HeadSelection.load(heads), name=output.stem, config=config,
-                                   allow_outside_changes=allow_outside_changes,
-                                   provenance={"base": base.resolve().name, "tuned": tuned.resolve().name, "heads": heads.name})
+                                   allow_outside_changes=allow_outside_changes, provenance=provenance)
     patch.save(output)
     left_out = (patch.provenance or {}).get("left_out", [])
-    if as_json:
-        typer.echo(json.dumps({**_described(patch), "file_bytes": output.stat().st_size, "left_out": left_out}))
-        return
-    typer.echo(str(patch))
-    if left_out:
-        typer.echo(f"left out: {len(left_out)} parameters that differ outside the heads, {left_out[0]} first", err=True)
-    typer.echo(f"wrote {output}", err=True)
+    if left_out and not as_json:
+        typer.echo(f"left out: {len(left_out)} parameters that differ outside the heads, {left_out[0]} first",
+                   err=True)
+    document = {**_described(patch), "file_bytes": output.stat().st_size, "left_out": left_out}
+    show(as_json, document, str(patch), (output,))
 
 
 @patch_app.command()
 def apply(
     checkpoint: Annotated[Path, typer.Argument(help="The base's checkpoint folder; it is left alone.")],
     patches: Annotated[list[Path], typer.Argument(help="One patch, or several on separate heads.")],
-    out: Out,
-    originals: Annotated[bool, typer.Option(help="Keep what is replaced in the new folder, for `alps patch revert`.")] = True,
+    out: NewFolder,
+    originals: Annotated[bool, typer.Option(
+        help="Keep what is replaced in the new folder, for `alps patch revert`.")] = True,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -58,21 +55,22 @@ def apply(
 
     loaded = [HeadPatch.load(path) for path in patches]
     apply_to_checkpoint(checkpoint, loaded, out, keep_originals=originals, config=config)
-    _wrote(out, {"patches": [_described(patch) for patch in loaded]}, as_json)
+    show(as_json, {"out": str(out), "patches": [_described(patch) for patch in loaded]}, wrote=(out,))
 
 
 @patch_app.command()
 def revert(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that `alps patch apply` wrote; it is left alone.")],
-    out: Out,
-    originals: Annotated[Optional[Path], typer.Option(help="What to put back; default: the latest that the folder keeps.")] = None,
+    out: NewFolder,
+    originals: Annotated[Optional[Path], typer.Option(
+        help="What to put back; default: the latest that the folder keeps.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a copy of CHECKPOINT with the latest patch taken out, everything what it was before."""
     from ..patching import revert_checkpoint
 
     revert_checkpoint(checkpoint, out, originals)
-    _wrote(out, {}, as_json)
+    show(as_json, {"out": str(out)}, wrote=(out,))
 
 
 @patch_app.command()
@@ -83,22 +81,16 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Print what a patch holds; every value is checked against its digest."""
-    from ..patching import HeadPatch
+    from ..patching import HeadPatch, check_fits, whole_weights
 
     loaded = HeadPatch.load(patch)
     if check is not None:
-        from ..patching import CheckpointSource, check_fits
-
-        check_fits(loaded, CheckpointSource(check, config))
-    if as_json:
-        typer.echo(json.dumps({**_described(loaded), "file_bytes": patch.stat().st_size}))
-        return
-    described = _described(loaded)
-    typer.echo(f"{loaded}\n{loaded.selection}")
-    for key in ("fingerprint", "base_fingerprint", "not_finite", "provenance"):
-        typer.echo(f"{key.replace('_', ' ')}: {described[key]}")
-    if check is not None:
-        typer.echo(f"fits {check}")
+        check_fits(loaded, whole_weights(check, config))
+    described = {**_described(loaded), "file_bytes": patch.stat().st_size}
+    lines = [str(loaded), str(loaded.selection)]
+    lines += [f"{key.replace('_', ' ')}: {described[key]}"
+              for key in ("fingerprint", "base_fingerprint", "not_finite", "provenance")]
+    show(as_json, described, "\n".join(lines if check is None else [*lines, f"fits {check}"]))
 
 
 @patch_app.command()
@@ -107,14 +99,14 @@ def diff(first: PatchFile, second: PatchFile, as_json: Json = False) -> None:
     from ..patching import HeadPatch, diff_patches
 
     found = diff_patches(HeadPatch.load(first), HeadPatch.load(second))
-    typer.echo(json.dumps(found.to_json()) if as_json else str(found))
+    show(as_json, found.to_json(), str(found))
 
 
 @patch_app.command()
 def export(
     patch: PatchFile,
     base: Annotated[Path, typer.Option(help="The patch's base: a checkpoint folder.")],
-    out: Out,
+    out: NewFolder,
     lora: Annotated[bool, typer.Option("--lora", help="A PEFT LoRA adapter.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="The whole checkpoint with the patch in it.")] = False,
     sparse: Annotated[bool, typer.Option("--sparse", help="New rows and columns by the checkpoint's names.")] = False,
@@ -123,31 +115,23 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write PATCH in a form that others take: one of --lora, --merged, --sparse."""
-    from ..patching import export as exports
+    from ..patching import export_lora, export_merged, export_sparse
 
     if lora + merged + sparse != 1:
         raise ValueError("give one of --lora, --merged and --sparse")
     if rank is not None and not lora:
         raise ValueError("--rank goes with --lora")
     if lora:
-        made = exports.export_lora(patch, base, out, rank=rank, config=config)
-        _wrote(out, {"modules": {name: vars(module) for name, module in made.modules.items()}, "error": made.error,
-                     "bytes": made.nbytes}, as_json, str(made))
+        made = export_lora(patch, base, out, rank=rank, config=config)
+        modules = {name: vars(module) for name, module in made.modules.items()}
+        document, text = {"modules": modules, "error": made.error, "bytes": made.nbytes}, str(made)
     elif merged:
-        exports.export_merged(patch, base, out, config=config)
-        _wrote(out, {}, as_json)
+        export_merged(patch, base, out, config=config)
+        document, text = {}, ""
     else:
-        index = exports.export_sparse(patch, base, out, config=config)
-        _wrote(out, {"tensors": sorted(index["tensors"])}, as_json, f"{len(index['tensors'])} tensors of the checkpoint change")
-
-
-def _wrote(out: Path, document: dict, as_json: bool, text: str | None = None) -> None:
-    if as_json:
-        typer.echo(json.dumps({"out": str(out), **document}))
-        return
-    if text:
-        typer.echo(text)
-    typer.echo(f"wrote {out}", err=True)
+        tensors = sorted(export_sparse(patch, base, out, config=config)["tensors"])
+        document, text = {"tensors": tensors}, f"{len(tensors)} tensors of the checkpoint change"
+    show(as_json, {"out": str(out), **document}, text, (out,))
 
 
 def _described(patch) -> dict:

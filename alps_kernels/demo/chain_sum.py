@@ -11,10 +11,11 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 PROMPT = "State the final answer to the following arithmetic problem: {} ="
 IGNORED = -100  # the label that cross-entropy leaves out
@@ -56,35 +57,27 @@ def split(n_train: int, n_test: int, seed: int = 0) -> tuple[list[Problem], list
     return train, test
 
 
-class Question(Protocol):
-    """What the functions below take: `prompt` may be empty."""
-
-    prompt: str
-    answer: str
-
-
-def collate(tokenizer, items: Sequence[Question]) -> dict[str, Tensor]:
+def collate(tokenizer, items: Sequence[Any]) -> dict[str, Tensor]:
     """A padded batch for a causal LM; only the answer and the end of text bear a loss.
+
+    Args:
+        items: with a `prompt`, which may be empty, and an `answer`, such as `Problem`.
 
     Returns:
         input_ids, attention_mask, labels: int64 [batch, tokens].
     """
-    rows = []
+    ids, labels = [], []
     for item in items:
         prompt = tokenizer(item.prompt)["input_ids"] if item.prompt else []
         lead = " " if item.prompt else ""
         answer = tokenizer(lead + item.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        rows.append((prompt + answer, [IGNORED] * len(prompt) + answer))
-    width = max(len(ids) for ids, _ in rows)
+        ids.append(torch.tensor(prompt + answer))
+        labels.append(torch.tensor([IGNORED] * len(prompt) + answer))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-    def padded(values: list[int], fill: int) -> list[int]:
-        return values + [fill] * (width - len(values))
-
     return {
-        "input_ids": torch.tensor([padded(ids, pad) for ids, _ in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(ids), 0) for ids, _ in rows]),
-        "labels": torch.tensor([padded(labels, IGNORED) for _, labels in rows]),
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }
 
 
@@ -116,7 +109,8 @@ def greedy_answers(model: nn.Module, tokenizer, prompts: Sequence[str], new_toke
     return said
 
 
-def exact_match(model: nn.Module, tokenizer, problems: Sequence[Problem], batch: int = 32, new_tokens: int = 5) -> float:
+def exact_match(model: nn.Module, tokenizer, problems: Sequence[Problem], batch: int = 32,
+                new_tokens: int = 5) -> float:
     """Share of the problems that greedy decoding answers exactly, 0 to 1."""
     said = greedy_answers(model, tokenizer, [problem.prompt for problem in problems], new_tokens, batch)
     right = sum(answer == problem.answer for answer, problem in zip(said, problems, strict=True))

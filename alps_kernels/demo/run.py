@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optim import HeadAdamW
-from ..scoring import plots as pictures, score_heads
+from ..scoring import curves, memory_bars, score_heads
 from ..selection import BoundSelection
 from ..tensors import write_json
 from ..weights import ModelWeights
@@ -76,7 +76,7 @@ def run_demo(out: Path, *, tiny: bool = False, device: str | None = None, plan: 
     task = copy.deepcopy(base)
     everything = torch.optim.AdamW(task.parameters(), lr=plan.task_lr, weight_decay=plan.weight_decay, fused=True)
     seconds, losses = {}, {}
-    seconds["task model"], losses["every weight"] = fit(task, tokenizer, train, plan.task_steps, plan.task_lr, plan, everything)
+    seconds["task model"], losses["every weight"] = fit(task, tokenizer, train, plan.task_steps, plan, everything)
     del everything
     full = evaluate(task, tokenizer, test, plan)
     say(f"task    {line(full)}   (all weights, {plan.task_steps} steps, {seconds['task model']:.0f} s)")
@@ -98,7 +98,7 @@ def run_demo(out: Path, *, tiny: bool = False, device: str | None = None, plan: 
     say(f"train   {bound.count}")
     optimizer = HeadAdamW(base.parameters(), lr=plan.head_lr, weight_decay=plan.weight_decay, heads=bound)
     chosen = f"{len(heads)} heads"
-    seconds["heads"], losses[chosen] = fit(base, tokenizer, train, plan.head_steps, plan.head_lr, plan, optimizer)
+    seconds["heads"], losses[chosen] = fit(base, tokenizer, train, plan.head_steps, plan, optimizer)
     after = evaluate(base, tokenizer, test, plan)
     say(f"heads   {line(after)}   ({len(heads)} heads, {plan.head_steps} steps, {seconds['heads']:.0f} s)")
     inside, outside = changed_bytes(base, snapshot, bound)
@@ -147,9 +147,9 @@ def tiny_model() -> tuple[nn.Module, Any]:
     return LlamaForCausalLM(config), tokenizer
 
 
-def fit(model: nn.Module, tokenizer, train: list, steps: int, lr: float, plan: Plan,
+def fit(model: nn.Module, tokenizer, train: list, steps: int, plan: Plan,
         optimizer: torch.optim.Optimizer) -> tuple[float, list[float]]:
-    """Train for `steps`: 10 % warm-up, then cosine to 10 % of `lr` (the paper's recipe).
+    """Train for `steps`: 10 % warm-up, then cosine to 10 % of its learning rate (the paper's recipe).
 
     Returns:
         Seconds, and the loss of every step.
@@ -184,11 +184,12 @@ def draw(results: dict[str, Any], out: Path) -> None:
     named = "a tiny random Llama" if results["tiny"] else "SmolLM2-135M"
     lines = {f"{label}, lr {results['plan'][lr]:g}": list(enumerate(losses, start=1))
              for (label, losses), lr in zip(results["losses"].items(), ("task_lr", "head_lr"), strict=True)}
-    pictures.curves(out / "losses.png", lines, title=f"{named} on short sums, batch {results['plan']['batch']}, "
-                    f"float32, {results['device']}, one seed")
-    states = {"torch AdamW, every weight": results["adamw_state_bytes"], "HeadAdamW, selected heads": results["state_bytes"]}
-    pictures.memory_bars(out / "memory.png", {name: {"optimizer state": size} for name, size in states.items()},
-                         title=f"{named}, optimizer state in float32")
+    curves(out / "losses.png", lines, title=f"{named} on short sums, batch {results['plan']['batch']}, "
+           f"float32, {results['device']}, one seed")
+    states = {"torch AdamW, every weight": results["adamw_state_bytes"],
+              "HeadAdamW, selected heads": results["state_bytes"]}
+    memory_bars(out / "memory.png", {name: {"optimizer state": size} for name, size in states.items()},
+                title=f"{named}, optimizer state in float32")
 
 
 def evaluate(model: nn.Module, tokenizer, test: list, plan: Plan) -> dict[str, float]:
@@ -220,5 +221,5 @@ def changed_bytes(model: nn.Module, before: dict[str, Tensor], bound: BoundSelec
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(value.numel() * value.element_size() for state in optimizer.state.values()
-               for value in state.values() if isinstance(value, Tensor))
+    return sum(value.nbytes for state in optimizer.state.values() for value in state.values()
+               if isinstance(value, Tensor))

@@ -2,8 +2,8 @@
 
 from .callback import AlpsCallback
 from .finetune import alps_finetune, paper_arguments
-from .start import restore
+from .resume import unwrap_optimizer
+from .start_weights import restore
 from .trainer import use_heads
-from .wrapped import unwrap_optimizer
 
 __all__ = ["AlpsCallback", "alps_finetune", "paper_arguments", "restore", "unwrap_optimizer", "use_heads"]

@@ -19,10 +19,10 @@ from ..ops import METRICS
 from ..optim import HeadAdamW
 from ..scoring import REPRESENTATIONS, HeadScores, score_heads
 from ..selection import REST, BoundSelection, HeadSelection, remember, top_count
-from ..tensors import synced_slice_of
+from ..tensors import check_choice, save_tensors, synced_slice_of
 from ..weights import ModelWeights
-from .start import START_FILE, digest, read_start, restore, write_start
-from .wrapped import FollowingHeadAdamW, masters, refuse_sharded, report, trained_share, unwrap_optimizer
+from .resume import FollowingHeadAdamW, masters, refuse_sharded, unwrap_optimizer
+from .start_weights import START_FILE, digest_of_tensors, read_start, restore
 
 RESTORE = ("base", "keep")
 SCORES_FILE, HEADS_FILE = "alps_scores.json", "alps_heads.json"
@@ -70,8 +70,7 @@ class AlpsCallback(TrainerCallback, ExportableState):
                  start_device: str | None = "cpu") -> None:
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 1:
             raise ValueError(f"warmup_steps is {warmup_steps!r}; expected a whole number from 1")
-        if restore not in RESTORE:
-            raise ValueError(f"restore is {restore!r}; expected one of {RESTORE}")
+        check_choice("restore", restore, RESTORE)
         check_options(ratio, metric, representation, kv, parts, rest)
         seen = "qkv" if representation == "projection" else representation
         if rest == "frozen" and not set(seen) & set(parts):
@@ -88,7 +87,7 @@ class AlpsCallback(TrainerCallback, ExportableState):
 
     @property
     def start_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._start.values())
+        return sum(tensor.nbytes for tensor in self._start.values())
 
     # -- what the Trainer calls --------------------------------------------------------------
 
@@ -177,27 +176,25 @@ class AlpsCallback(TrainerCallback, ExportableState):
         layout = find_heads(model)
         self._start = {part.name: part.param.detach().contiguous().to(self._home(part.param), copy=True)
                        for part in warm.params if part.name in layout.shapes}
-        self.saved = {"heads": None, "digest": digest(self._start)}
-        with warnings.catch_warnings():  # one layer against itself: better now than after the warm-up
-            warnings.filterwarnings("ignore", message=".*identical attention weights")
-            self._score(model, layout.where(self.options["attention"])[:1], None)
+        self.saved = {"heads": None, "digest": digest_of_tensors(self._start)}
+        # One layer against itself: an error is better now than after the warm-up.
+        self._score(model, layout.where(self.options["attention"])[:1], None)
         if state.is_world_process_zero and args.save_strategy != "no":
             os.makedirs(args.output_dir, exist_ok=True)
-            write_start(os.path.join(args.output_dir, START_FILE), self._start)
+            save_tensors(os.path.join(args.output_dir, START_FILE), self._start)
 
     def _score(self, model: nn.Module, attention: Any, optimizer: HeadAdamW | None) -> HeadScores:
         base, task = ModelWeights(model, "start"), ModelWeights(model, "warmed up")
         base.replace(self._start)
         task.replace({} if optimizer is None else masters(optimizer, self._start))
-        device = next(iter(dict(model.named_parameters()).values())).device
-        return score_heads(base, task, metric=self.options["metric"], representation=self.options["representation"],
-                           temperature=self.options["temperature"], attention=attention, device=device)
+        options = {name: self.options[name] for name in ("metric", "representation", "temperature")}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*identical attention weights")
+            return score_heads(base, task, **options, attention=attention, device=next(model.parameters()).device)
 
     def _switch(self, args: Any, state: Any, model: nn.Module, optimizer: HeadAdamW) -> None:
         options, warm = self.options, optimizer.heads
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*identical attention weights")
-            scores = self._score(model, options["attention"], optimizer)
+        scores = self._score(model, options["attention"], optimizer)
         if not scores.tensor.any():
             raise ValueError(f"no head moved in {state.global_step} warm-up steps (the learning rate is now "
                              f"{optimizer.param_groups[0]['lr']}): there is nothing to choose by")
@@ -219,17 +216,32 @@ class AlpsCallback(TrainerCallback, ExportableState):
         """Let the selection alone have gradients; DDP was told of more and goes on waiting for them."""
         rest = self.options["rest"]
         if args.parallel_mode == ParallelMode.DISTRIBUTED:
-            remember(model, self.heads, rest)
+            remember(model, (self.heads, rest))
             return self.heads.bind(model, rest=rest)
         return self.heads.freeze(model, rest=rest)
+
+
+def trained_share(bound: BoundSelection, model: nn.Module) -> dict[str, float]:
+    """What trains, counted honestly: elements, not parameters that hold some."""
+    every = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    return {"alps_heads": len(bound.selection), "alps_heads_of": sum(bound.selection.heads_per_layer),
+            "alps_trained": bound.numel, "alps_trained_of_model": bound.numel / max(sum(every.values()), 1),
+            "alps_trained_of_qkv": bound.count.share()}
+
+
+def report(log: Callable[[dict[str, float]], None] | None, state: Any, numbers: dict[str, float]) -> None:
+    """Into the Trainer's logs, at least into its history."""
+    if log is not None:
+        log(dict(numbers))
+    else:
+        state.log_history.append({**numbers, "step": state.global_step})
 
 
 def check_options(ratio: float, metric: str, representation: str, kv: str, parts: Sequence[str], rest: str) -> None:
     """What can be said before a run of what comes long after its beginning. Raises ValueError."""
     if top_count(ratio, 1) == 0:
         raise ValueError("ratio is 0: no head would train")
-    for name, value, known in (("metric", metric, tuple(METRICS)), ("representation", representation, REPRESENTATIONS),
-                               ("rest", rest, REST)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; expected one of {known}")
+    check_choice("metric", metric, tuple(METRICS))
+    check_choice("representation", representation, REPRESENTATIONS)
+    check_choice("rest", rest, REST)
     HeadSelection([], [], kv=kv, parts=parts)

@@ -22,12 +22,11 @@ from ..optim import HALVES, HeadAdamW
 from ..scoring import HeadScores, score_heads
 from ..selection import HeadSelection
 from ..slicing import slice_heads, unslice_heads
-from ..tensors import read_json, write_json
+from ..tensors import check_type, read_json, write_json
 from ..version import __version__
-from .callback import HEADS_FILE, SCORES_FILE, check_options
-from .start import digest
+from .callback import HEADS_FILE, SCORES_FILE, check_options, trained_share
+from .start_weights import digest_of_tensors
 from .trainer import use_heads
-from .wrapped import trained_share
 
 FORMAT, VERSION = "alps_kernels.finetune", 1
 RUN_FILE, TASK, HEADS, MODEL = "alps_run.json", "task", "heads", "model"
@@ -109,8 +108,7 @@ def alps_finetune(
         TypeError, ValueError: an option that does not exist; a folder in which another run (other
             options, data or base) was begun; the difference is named.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a model in memory")
+    check_type("model", model, nn.Module, "a model in memory")
     check_options(ratio, metric, representation, kv, parts, rest)
     if isinstance(task_share, bool) or not isinstance(task_share, (int, float)) or not 0 < task_share <= 1:
         raise ValueError(f"task_share is {task_share!r}; expected a number above 0, at most 1")
@@ -120,14 +118,13 @@ def alps_finetune(
     if size is None and task_share < 1 and task_model is None:
         raise ValueError("train_dataset has no length, so that no share of it can be drawn; give task_share=1")
     layout = find_heads(model)
-    base = digest({name: param.detach() for name, param in model.named_parameters() if name in layout.shapes})
-    run = _Run(Path(output_dir), {
-        "base": base, "examples": size, "ratio": ratio, "metric": metric, "representation": representation,
-        "temperature": temperature, "attention": attention if isinstance(attention, str) else list(attention), "kv": kv,
-        "parts": list(parts), "rest": rest, "task_share": None if task_model is not None else task_share,
-        "args": _watched(args), "task_args": None if task_model is not None else _watched(task_args)})
-
+    base = {name: param.detach() for name, param in model.named_parameters() if name in layout.shapes}
     scoring = {"metric": metric, "representation": representation, "temperature": temperature, "attention": attention}
+    run = _Run(Path(output_dir), {
+        "base": digest_of_tensors(base), "examples": size, "ratio": ratio, "kv": kv, "parts": list(parts), "rest": rest,
+        **scoring, "attention": attention if isinstance(attention, str) else list(attention),
+        "task_share": None if task_model is not None else task_share,
+        "args": _watched(args), "task_args": None if task_model is not None else _watched(task_args)})
     if run.done("score"):
         scores, heads = HeadScores.load(run.folder / SCORES_FILE), HeadSelection.load(run.folder / HEADS_FILE)
     else:
@@ -144,7 +141,8 @@ def alps_finetune(
         run.finish("score", {"heads": len(heads), "of": len(scores)})
 
     if run.done(HEADS):
-        _load(model, run.folder / HEADS / MODEL)
+        trained = type(model).from_pretrained(run.folder / HEADS / MODEL, dtype=next(model.parameters()).dtype)
+        model.load_state_dict(trained.state_dict())
     else:
         run.finish(HEADS, _fit_heads(model, heads, train_dataset, run.folder / HEADS, args, trainer, trainer_options,
                                      rest, sliced))
@@ -209,17 +207,8 @@ def _watched(args: Any) -> dict[str, Any]:
     return {name: getattr(value, "value", value) for name, value in values.items()}
 
 
-def _load(model: nn.Module, folder: Path) -> None:
-    trained = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)
-    model.load_state_dict(trained.state_dict())
-
-
 class _Run:
-    """`alps_run.json`: what the run is, and which of its stages are done.
-
-    Raises:
-        ValueError: another run was begun in the folder; the first difference is named.
-    """
+    """`alps_run.json`: what the run is, and which stages are done; ValueError where the folder holds another run."""
 
     def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
         self.folder, self.path = folder, folder / RUN_FILE
@@ -227,12 +216,11 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self.document = read_json(self.path, FORMAT, VERSION)
-            known = self.document.get("recipe", {})
-            flat = [_flat(document) for document in (known, recipe)]
-            for name in sorted({*flat[0], *flat[1]}):
-                if flat[0].get(name) != flat[1].get(name):
-                    raise ValueError(f"{folder} holds a run with {name} {flat[0].get(name)!r}, this one has "
-                                     f"{flat[1].get(name)!r}; give it another output_dir")
+            theirs, ours = _flat(self.document.get("recipe", {})), _flat(recipe)
+            for name in sorted({*theirs, *ours}):
+                if theirs.get(name) != ours.get(name):
+                    raise ValueError(f"{folder} holds a run with {name} {theirs.get(name)!r}, this one has "
+                                     f"{ours.get(name)!r}; give it another output_dir")
             return
         self.document = {"format": FORMAT, "version": VERSION, "recipe": recipe, "stages": {},
                          "versions": {"alps_kernels": __version__, "torch": torch.__version__,

@@ -1,8 +1,9 @@
-"""Heads alone in transformers' Trainer and in what is built on it (TRL's SFTTrainer): one line."""
+"""Train heads alone with transformers' Trainer and what is built on it (TRL's SFTTrainer)."""
 
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from transformers import TrainerCallback
 
 from ..optim import HeadAdamW
 from ..selection import BoundSelection, HeadSelection, selection_of
-from .callback import AlpsCallback
-from .wrapped import FollowingHeadAdamW, refuse_sharded, report, trained_share, unwrap_optimizer
+from ..tensors import check_type
+from .callback import AlpsCallback, report, trained_share
+from .resume import FollowingHeadAdamW, refuse_sharded, unwrap_optimizer
 
 # Options of HeadAdamW that the TrainingArguments decide, and what they are called there.
 THEIRS = {"lr": "learning_rate", "betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon",
@@ -49,15 +51,14 @@ def use_heads(trainer: Any, heads: HeadSelection | AlpsCallback | None = None, *
         heads.log, callback = trainer.log, heads
     else:
         heads = selection_of(model) if heads is None else heads
-        if not isinstance(heads, HeadSelection):
-            raise TypeError(f"heads is a {type(heads).__name__}; expected a HeadSelection, an AlpsCallback, or a model "
-                            "that was frozen or sliced")
+        check_type("heads", heads, HeadSelection,
+                   "a HeadSelection, an AlpsCallback, or a model that was frozen or sliced")
         bound = heads.freeze(model, rest=heads.bind(model, rest=rest).rest)
-        optimizer, kwargs, callback = HeadAdamW, {"heads": bound}, _Share(trainer.log)
+        optimizer, kwargs, callback = HeadAdamW, {"heads": bound}, ReportShare(trainer.log)
     args = trainer.args
     defaults = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     trainer.optimizer_cls_and_kwargs = (optimizer, {**defaults, **kwargs, **options})
-    trainer.accelerator.clip_grad_norm_ = _Clip(trainer)
+    trainer.accelerator.clip_grad_norm_ = partial(_clip, trainer)
     if callback not in trainer.callback_handler.callbacks:
         trainer.add_callback(callback)
     return bound
@@ -81,7 +82,7 @@ def _checked(trainer: Any, options: dict[str, Any]) -> torch.nn.Module:
     return trainer.accelerator.unwrap_model(trainer.model)
 
 
-class _Share(TrainerCallback):
+class ReportShare(TrainerCallback):
     """Says what trains, when training begins."""
 
     def __init__(self, log: Any) -> None:
@@ -95,18 +96,13 @@ class _Share(TrainerCallback):
             report(self.log, state, trained_share(inner.heads, model))
 
 
-class _Clip:
+@torch.no_grad()
+def _clip(trainer: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
     """`Accelerator.clip_grad_norm_` over what trains alone, whatever parameters it lies in."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    @torch.no_grad()
-    def __call__(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
-        self.trainer.accelerator.unscale_gradients()
-        parts = [part for part in unwrap_optimizer(self.trainer.optimizer).heads.params if part.param.grad is not None]
-        blocks = [block for part in parts for block in part.blocks(part.param.grad)]
-        norm = torch.nn.utils.get_total_norm(blocks, norm_type)
-        if max_norm != float("inf"):
-            torch.nn.utils.clip_grads_with_norm_([part.param for part in parts], max_norm, norm)
-        return norm
+    trainer.accelerator.unscale_gradients()
+    parts = [part for part in unwrap_optimizer(trainer.optimizer).heads.params if part.param.grad is not None]
+    blocks = [block for part in parts for block in part.blocks(part.param.grad)]
+    norm = torch.nn.utils.get_total_norm(blocks, norm_type)
+    if max_norm != float("inf"):
+        torch.nn.utils.clip_grads_with_norm_([part.param for part in parts], max_norm, norm)
+    return norm

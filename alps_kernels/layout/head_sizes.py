@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .layout import LayoutError
+from .slices import LayoutError
 
 HEADS = (
-    "num_heads",
-    "num_attention_heads",
-    "n_heads",
-    "n_head",
-    "num_q_heads",
-    "heads",
-    "attention_heads",
-    "encoder_attention_heads",
-    "decoder_attention_heads",
+    "num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads", "heads", "attention_heads",
+    "encoder_attention_heads", "decoder_attention_heads",
 )
 HEAD_DIM = (
-    "head_dim",
-    "attention_head_size",
-    "d_head",
-    "dim_head",
-    "dim_per_head",
-    "head_size",
-    "attn_head_size",
-    "key_value_proj_dim",
-    "qk_head_dim",
-    "d_kv",
-    "attention_head_dim",
+    "head_dim", "attention_head_size", "d_head", "dim_head", "dim_per_head", "head_size", "attn_head_size",
+    "key_value_proj_dim", "qk_head_dim", "d_kv", "attention_head_dim",
 )
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
@@ -49,20 +33,12 @@ class Sizes:
         return tuple(head * self.groups // self.heads for head in range(self.heads))
 
 
-class Facts:
-    """Integers that a module, the module around it and the configs state, the nearest first."""
-
-    def __init__(self, sources: Iterable[Any]) -> None:
-        self.sources = [source for source in sources if source is not None]
-
-    def get(self, names: tuple[str, ...], least: int = 1) -> int | None:
-        """The first of `names` that the nearest source states as an integer of `least` or more."""
-        for source in self.sources:
-            for name in names:
-                value = read(source, name)
-                if type(value) is int and value >= least:
-                    return value
-        return None
+def stated(sources: Iterable[Any], names: tuple[str, ...], least: int = 1) -> int | None:
+    """The first of `names` that the nearest (first) source states as an integer of `least` or more."""
+    for value in (read(source, name) for source in sources for name in names):
+        if type(value) is int and value >= least:
+            return value
+    return None
 
 
 def read(source: Any, name: str) -> Any:
@@ -73,40 +49,45 @@ def read(source: Any, name: str) -> Any:
         return None
 
 
-def solve(module: str, facts: Facts, *, q: int, k: int, v: int, o: int | None) -> tuple[Sizes, int]:
-    """Sizes of separate projections from their output features (`o`: input features).
+def fit(sources: Sequence[Any], *, q: int, k: int, v: int, o: int) -> tuple[Sizes, int] | None:
+    """Sizes of separate projections from their output features (`o`: input features), or None.
+
+    Args:
+        sources: what states sizes: the attention module, then the module around it and the configs.
 
     Returns:
         the sizes, and how many times wider than heads * qk the query projection is: 1, or 2
         where it holds an output gate too.
-
-    Raises:
-        LayoutError: no stated head size or head count fits the shapes.
     """
-    for source in facts.sources:
-        near = Facts([source])
-        heads, qk = near.get(HEADS), near.get(HEAD_DIM)
+    for source in sources:
+        heads, qk = stated([source], HEADS), stated([source], HEAD_DIM)
         for wide in (1, 2):
-            if (heads or qk) and (sizes := _fit(heads, qk, wide, q, k, v, o)) and _agrees(sizes, facts):
+            if (heads or qk) and (sizes := _divide(heads, qk, wide, q, k, v, o)) and _agrees(sizes, sources[0]):
                 return sizes, wide
+    return None
+
+
+def solve(module: str, sources: Sequence[Any], *, q: int, k: int, v: int, o: int) -> tuple[Sizes, int]:
+    """What `fit` returns; LayoutError where no stated head size or head count fits the shapes."""
+    if found := fit(sources, q=q, k=k, v=v, o=o):
+        return found
     raise LayoutError(
         f"{module}: projections of {q} query, {k} key and {v} value features, with {o} features into the "
-        f"output projection, do not divide into heads; stated: {facts.get(HEADS)} heads, head size "
-        f"{facts.get(HEAD_DIM)}"
+        f"output projection, do not divide into heads; stated: {stated(sources, HEADS)} heads, "
+        f"head size {stated(sources, HEAD_DIM)}"
     )
 
 
-def _agrees(sizes: Sizes, facts: Facts) -> bool:
+def _agrees(sizes: Sizes, module: Any) -> bool:
     """What the attention module, and its own config, state besides does not contradict `sizes`."""
-    module = facts.sources[0]
-    own = Facts([module, read(module, "config")])
+    heads, groups = stated([module, read(module, "config")], HEADS), stated([module], KV_HEADS)
     ratio = read(module, "num_key_value_groups")
     if type(ratio) is int and ratio > 1 and sizes.heads != ratio * sizes.groups:
         return False  # 1 says nothing: modules without groups state it for the attention function
-    return (own.get(HEADS) in (None, sizes.heads)) and Facts([module]).get(KV_HEADS) in (None, sizes.groups)
+    return heads in (None, sizes.heads) and groups in (None, sizes.groups)
 
 
-def _fit(heads: int | None, qk: int | None, wide: int, q: int, k: int, v: int, o: int | None) -> Sizes | None:
+def _divide(heads: int | None, qk: int | None, wide: int, q: int, k: int, v: int, o: int) -> Sizes | None:
     """The sizes if everything divides and every equation holds, else None."""
     if heads is None:
         heads = q // (wide * qk)
@@ -115,6 +96,6 @@ def _fit(heads: int | None, qk: int | None, wide: int, q: int, k: int, v: int, o
     if not qk or not heads or heads * qk * wide != q or not k or k % qk:
         return None
     groups = k // qk
-    if heads % groups or v % groups or (o is not None and o * groups != heads * v):
+    if heads % groups or v % groups or o * groups != heads * v:
         return None
     return Sizes(heads, groups, qk, v // groups)

@@ -1,141 +1,16 @@
-"""Where each attention head lives in a model's weights: the vocabulary.
-
-A `HeadLayout` lists the attention layers of a model; each layer says which slices of which
-parameters every query head owns, and which every key/value group owns. `locate.find_heads`
-makes one from a model. This file knows torch and nothing of kernels.
-"""
+"""`HeadLayout`: the attention layers of a model and what each of their heads owns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..tensors import as_matrix
-
-ROLES = ("q", "q_rope", "gate", "k", "v", "o")
-# The projection that a role trains with: rotary rows and output gates go with the query.
-PART_OF = {"q": "q", "q_rope": "q", "gate": "q", "k": "k", "v": "v", "o": "o"}
-
-
-class LayoutError(ValueError):
-    """A model's attention heads cannot be located, or do not match what was expected."""
-
-
-@dataclass(frozen=True)
-class HeadSlice:
-    """One contiguous block of rows or columns of one parameter.
-
-    Attributes:
-        param: the parameter's name in `model.named_parameters()`.
-        role: what the block does, one of `ROLES`. `q_rope`: the rotary rows of a query that
-            has its own (MLA); `gate`: an output gate stored beside the query.
-        dim: the axis that is cut, 0 rows or 1 columns of the parameter seen as [shape[0], -1].
-        start, stop: the half-open range along `dim`.
-        bias: the parameter is a bias vector, [n] seen as [n, 1].
-    """
-
-    param: str
-    role: str
-    dim: int
-    start: int
-    stop: int
-    bias: bool = False
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The block as a view of `tensor` (the parameter or something of its shape), 2-D."""
-        return as_matrix(tensor).narrow(self.dim, self.start, self.size)
-
-    def matrix(self, tensor: Tensor) -> Tensor:
-        """The block in the orientation of `nn.Linear`, a view.
-
-        [head_dim, d] for q, k, v and gate, [d, head_dim] for o, however the model stores it.
-        """
-        block = self.of(tensor)
-        natural = 1 if self.role == "o" and not self.bias else 0
-        return block if self.dim == natural else block.t()
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """One attention module of a model.
-
-    Attributes:
-        index: its position in `HeadLayout.layers`; the `layer` of a (layer, head) pair.
-        module: its name in `model.named_modules()`.
-        kind: "self" or "cross".
-        tower: what it belongs to in a model of several stacks ("encoder", "decoder", "text",
-            "vision", "audio" ...), "" in a model of one.
-        heads: for every query head the slices it alone owns (q, gate, o and their biases).
-        groups: for every key/value group the slices it owns (k, v and their biases). Empty
-            where the layer reuses the keys and values of another.
-        group_of: for every query head the index of its group.
-        output: the name of the output projection's module, or None.
-        kv_layer: where k and v are another layer's, that layer's index.
-    """
-
-    index: int
-    module: str
-    kind: str
-    tower: str
-    heads: tuple[tuple[HeadSlice, ...], ...]
-    groups: tuple[tuple[HeadSlice, ...], ...]
-    group_of: tuple[int, ...]
-    output: str | None = None
-    kv_layer: int | None = None
-
-    @property
-    def n_heads(self) -> int:
-        return len(self.heads)
-
-    @property
-    def n_groups(self) -> int:
-        return len(self.groups)
-
-    def slices(self, head: int) -> tuple[HeadSlice, ...]:
-        """Every slice that query head `head` works with: its own, then its group's."""
-        return self.heads[head] + (self.groups[self.group_of[head]] if self.groups else ())
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """The sizes of one attention layer, small enough to travel in a file.
-
-    Attributes:
-        module: the attention module's name.
-        group_of: for every query head its key/value group.
-        head_size: elements that one query head owns alone, by part ("q", "o").
-        group_size: elements that one key/value group owns, by part ("k", "v").
-    """
-
-    module: str
-    group_of: tuple[int, ...]
-    head_size: dict[str, int]
-    group_size: dict[str, int]
-
-    def to_json(self) -> dict:
-        return {"module": self.module, "group_of": list(self.group_of),
-                "head_size": self.head_size, "group_size": self.group_size}
-
-    @classmethod
-    def from_json(cls, document: dict) -> LayerSummary:
-        """Raises TypeError or ValueError where the document is no summary."""
-        if not isinstance(document, dict) or not isinstance(document.get("module"), str):
-            raise ValueError("a layer summary is not an object with a module name")
-        groups = document.get("group_of")
-        if not isinstance(groups, list) or not all(type(g) is int and 0 <= g < max(len(groups), 1) for g in groups):
-            raise ValueError(f"group_of of {document['module']} is not a list of group indices")
-        sizes = [document.get("head_size"), document.get("group_size")]
-        if not all(isinstance(size, dict) and set(size) <= set(PART_OF.values())
-                   and all(type(n) is int and n >= 0 for n in size.values()) for size in sizes):
-            raise ValueError(f"the sizes of {document['module']} are not counts of elements by part")
-        return cls(document["module"], tuple(groups), *sizes)
+from ..tensors import matrix_shape
+from .slices import PART_OF, ROLES, AttentionLayer, HeadSlice, LayerSummary, LayoutError
+from .verify import verify_layers
 
 
 @dataclass(frozen=True)
@@ -153,20 +28,13 @@ class HeadLayout:
     model_type: str = ""
 
     def __post_init__(self) -> None:
-        for layer in self.layers:
-            for part in (piece for unit in (*layer.heads, *layer.groups) for piece in unit):
-                self._check(layer, part)
-
-    def _check(self, layer: AttentionLayer, part: HeadSlice) -> None:
-        shape = self.shapes.get(part.param)
-        if shape is None:
-            raise LayoutError(f"{layer.module}: a slice names {part.param}, which has no shape here")
-        extent = shape[0] if part.dim == 0 else torch.Size(shape[1:]).numel()
-        if part.role not in ROLES or not 0 <= part.start < part.stop <= extent:
-            raise LayoutError(
-                f"{layer.module}: {part.role} slice [{part.start}, {part.stop}) does not lie in "
-                f"dimension {part.dim} of {part.param} {list(shape)}"
-            )
+        for layer, part in ((layer, part) for layer in self.layers for part in layer.parts):
+            shape = self.shapes.get(part.param)
+            if shape is None:
+                raise LayoutError(f"{layer.module}: a slice names {part.param}, which has no shape here")
+            if part.role not in ROLES or not 0 <= part.start < part.stop <= matrix_shape(shape)[part.dim]:
+                raise LayoutError(f"{layer.module}: {part.role} slice [{part.start}, {part.stop}) does not lie in "
+                                  f"dimension {part.dim} of {part.param} {list(shape)}")
 
     @property
     def n_heads(self) -> int:
@@ -199,8 +67,7 @@ class HeadLayout:
     def summary(self) -> tuple[LayerSummary, ...]:
         """The sizes of every layer: what a file of scores or heads keeps of the layout."""
         return tuple(
-            LayerSummary(layer.module, layer.group_of, self._sizes(layer, layer.heads), self._sizes(layer, layer.groups))
-            for layer in self.layers
+            LayerSummary(a.module, a.group_of, self._sizes(a, a.heads), self._sizes(a, a.groups)) for a in self.layers
         )
 
     def _sizes(self, layer: AttentionLayer, units: tuple[tuple[HeadSlice, ...], ...]) -> dict[str, int]:
@@ -208,10 +75,9 @@ class HeadLayout:
         sizes = []
         for unit in units:
             size: dict[str, int] = {}
-            for part in {(p.param, p.dim, p.start): p for p in unit}.values():  # rows that are both k and v count once
-                numel = torch.Size(self.shapes[part.param]).numel()
-                extent = self.shapes[part.param][0] if part.dim == 0 else numel // self.shapes[part.param][0]
-                size[PART_OF[part.role]] = size.get(PART_OF[part.role], 0) + numel // extent * part.size
+            for part in {(p.param, p.dim, p.start): p for p in unit}.values():  # rows that are k and v count once
+                across = matrix_shape(self.shapes[part.param])[1 - part.dim]
+                size[PART_OF[part.role]] = size.get(PART_OF[part.role], 0) + across * part.size
             sizes.append(size)
         if any(size != sizes[0] for size in sizes):
             raise LayoutError(f"{layer.module}: its heads differ in size: {sizes}")
@@ -228,8 +94,10 @@ class HeadLayout:
             ValueError: nothing of that sort is here; the message lists what is.
         """
         if not isinstance(attention, str):
-            if not isinstance(attention, (list, tuple, set, frozenset, range)) or not all(type(i) is int for i in attention):
-                raise TypeError(f"attention is {attention!r}; expected the name of a sort of attention, or layer indices")
+            indices = isinstance(attention, (list, tuple, set, frozenset, range))
+            if not indices or not all(type(i) is int for i in attention):
+                raise TypeError(f"attention is {attention!r}; expected the name of a sort of attention, or layer "
+                                "indices")
             chosen = tuple(sorted(set(attention)))
             if missing := [i for i in chosen if not 0 <= i < len(self.layers)]:
                 raise ValueError(f"layers {missing} are not in this layout of {len(self.layers)}")
@@ -254,8 +122,30 @@ class HeadLayout:
                          f" / {layer.n_groups} kv groups  head 0: {first}")
         return "\n".join(lines)
 
-    def verify(self, model: torch.nn.Module, **options) -> None:
-        """Check this layout against the model's behaviour; see `verify.verify_layout`."""
-        from .verify import verify_layout
+    def verify(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Perturb every claimed block and see that the claimed columns move, and no others.
 
-        verify_layout(self, model, **options)
+        The model is run once in eval mode, then each attention module alone; weights, hooks, modes
+        and the random state are what they were afterwards, also after an error.
+
+        Args:
+            model: the model that this layout was found in.
+            inputs: keyword arguments of the model. Default: random `input_ids` (and
+                `decoder_input_ids`), which reach the text layers only.
+            layers: indices of the layers to check. Default: all; those that the inputs do not reach
+                are an error, never passed over.
+            seed: of the default inputs and of the perturbations.
+
+        Raises:
+            LayoutError: a block moves other columns than claimed, or a layer cannot be checked
+                (not reached, or its output projection's input cannot be seen); names layer and head.
+        """
+        chosen = self.layers if layers is None else tuple(self.layers[i] for i in self.where(tuple(layers)))
+        verify_layers(chosen, self.shapes, model, inputs, seed)

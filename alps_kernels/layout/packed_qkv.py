@@ -1,44 +1,81 @@
 """Which rows and columns each head of an attention module owns.
 
-The sizes come from the module's own attributes and its weights' shapes, the config last; every
-equation between them must hold. The order inside fused tensors cannot be read off shapes: the
-few lines that know it are `fused_order` and the two docstrings that name an order.
+The order of the rows of a packed projection cannot be read off its shape: `ROWS` is the one table
+of the orders, and `packed_order` says which of them a module uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from torch import nn
+import numpy as np
+from einops import rearrange, unpack
 
-from .head_sizes import HEADS, Facts, Sizes, read
-from .layout import HeadSlice, LayoutError
-from .projections import Projection
+from .head_sizes import HEADS, Sizes, read
+from .projections import Candidate, Projection
+from .slices import HeadSlice, LayoutError
+
+# The orders of a projection's rows, as patterns that sort the rows by part and head (d: the size of one head).
+ROWS = {
+    # One part, head after head: Llama's q_proj, k_proj and v_proj. Also the columns of every output projection.
+    "one": "(head d) -> head d",
+    # The query of a head, its output gate, then the next head: Qwen3-Next, Qwen3.5.
+    "gated": "(head two d) -> two head d",
+    # All of q, then all of k, then all of v; fewer heads in k and v where queries share them: GPT-2, Phi-3, MPT,
+    # DBRX, Falcon-7B, torch's MultiheadAttention. Without the queries: a projection of all keys, then all values.
+    "blocks": "(member d) -> member d",
+    # q, k and v of the first head, then of the second: GPT-NeoX, BLOOM, Persimmon, Falcon-RW.
+    "heads": "(head three d) -> three head d",
+    # The queries of a key/value group, its key, its value, then the next group: Falcon-40B.
+    "groups": "(group member d) -> group member d",
+    # Four blocks, each the queries of a quarter of the heads, their values, their keys: CodeGen.
+    "codegen": "(block three head d) -> three (block head) d",
+    # Parts of different sizes in each head, in latent attention: [nope, rope, gate] of a query, [key, value] of kv_b.
+    "latent": "(head row) -> head row",
+}
 
 Units = tuple[tuple[HeadSlice, ...], ...]
 
 
 @dataclass(frozen=True)
 class Owned:
-    """What the heads of one attention module own; see `layout.AttentionLayer`."""
+    """What the heads of one attention module own, and its output projection; see `slices.AttentionLayer`."""
 
     heads: Units
     groups: Units
     group_of: tuple[int, ...]
+    out: Projection
+    kv_layer: int | None = None
+
+    @cached_property
+    def weights(self) -> set[str]:
+        """Names of the parameters that it owns slices of, without biases."""
+        return {part.param for unit in (*self.heads, *self.groups) for part in unit if not part.bias}
 
 
-def output_columns(out: Projection | None, sizes: Sizes) -> Units:
-    """The columns of the output projection of every head; no slices where there is none."""
-    if out is None:
-        return ((),) * sizes.heads
-    return tuple(out.columns("o", h * sizes.v, (h + 1) * sizes.v) for h in range(sizes.heads))
+def row_numbers(order: str, **sizes: int) -> np.ndarray:
+    """The numbers of all rows, sorted as `ROWS[order]` says; `sizes` of every axis on its left side.
+
+    NumPy, because neither a default device nor a fake-tensor mode of torch changes what it makes.
+    """
+    return rearrange(np.arange(math.prod(sizes.values())), ROWS[order], **sizes)
 
 
-def blocks(proj: Projection, role: str, count: int, size: int, *, first: int = 0, step: int = 0) -> Units:
-    """`count` blocks of `size` rows, the i-th at first + i * step (default: one behind the other)."""
-    starts = [first + i * (step or size) for i in range(count)]
-    return tuple(proj.rows(role, start, start + size) for start in starts)
+def cut(take: Callable[[str, int, int], tuple[HeadSlice, ...]], role: str, rows: np.ndarray) -> Units:
+    """For every head the slices of its rows.
+
+    Args:
+        take: `Projection.rows` or `Projection.columns`.
+        role: of the slices.
+        rows: row numbers [head, d], or [group, head in the group, d]; those of a head follow each other.
+    """
+    rows = rearrange(rows, "... d -> (...) d")
+    if (np.diff(rows) != 1).any():
+        raise AssertionError(f"the {role} rows of a head do not follow each other")
+    return tuple(take(role, first, last + 1) for first, last in rows[:, [0, -1]].tolist())
 
 
 def join(*parts: Units) -> Units:
@@ -46,117 +83,89 @@ def join(*parts: Units) -> Units:
     return tuple(sum(unit, ()) for unit in zip(*parts, strict=True))
 
 
+def _owned(heads: Units, groups: Units, out: Projection, sizes: Sizes) -> Owned:
+    """The heads with their columns of the output projection."""
+    columns = cut(out.columns, "o", row_numbers("one", head=sizes.heads, d=sizes.v))
+    return Owned(join(heads, columns), groups, sizes.group_of(), out)
+
+
 def separate(
-    q: Projection,
-    keys: Sequence[Projection],
-    values: Sequence[Projection],
-    out: Projection | None,
-    sizes: Sizes,
-    wide: int,
+    q: Projection, keys: Sequence[Projection], values: Sequence[Projection], out: Projection, sizes: Sizes, wide: int
 ) -> Owned:
     """Heads of separate projections.
 
     A query twice as wide interleaves [query, gate] per head. There is one key and one value
-    projection for every source that is attended to, mostly one; where the value projection is
-    the key projection, its rows appear in both roles.
+    projection for every source that is attended to, mostly one; none where the layer attends to
+    another layer's keys and values. Where the value projection is the key projection, its rows
+    appear in both roles.
     """
-    heads = blocks(q, "q", sizes.heads, sizes.qk, step=wide * sizes.qk)
-    if wide == 2:
-        heads = join(heads, blocks(q, "gate", sizes.heads, sizes.qk, first=sizes.qk, step=2 * sizes.qk))
-    groups = join(
-        *(blocks(k, "k", sizes.groups, sizes.qk) for k in keys),
-        *(blocks(v, "v", sizes.groups, sizes.v) for v in values),
-    )
-    return Owned(join(heads, output_columns(out, sizes)), groups, sizes.group_of())
+    parts = ("q", "gate")[:wide]
+    queries = row_numbers("gated", head=sizes.heads, two=wide, d=sizes.qk)
+    heads = join(*(cut(q.rows, role, rows) for role, rows in zip(parts, queries, strict=True)))
+    of_key, of_value = (row_numbers("one", head=sizes.groups, d=size) for size in (sizes.qk, sizes.v))
+    groups = join(*(cut(k.rows, "k", of_key) for k in keys), *(cut(v.rows, "v", of_value) for v in values))
+    return _owned(heads, groups, out, sizes)
 
 
-def queries_only(q: Projection, out: Projection | None, sizes: Sizes) -> Owned:
-    """Heads of a layer that attends to another layer's keys and values."""
-    return Owned(
-        join(blocks(q, "q", sizes.heads, sizes.qk), output_columns(out, sizes)), (), sizes.group_of()
-    )
+def split_pair(q: Projection, kv: Projection, out: Projection, sizes: Sizes) -> Owned:
+    """Heads of a query projection and one tensor that holds all keys, then all values of the same size."""
+    heads = cut(q.rows, "q", row_numbers("one", head=sizes.heads, d=sizes.qk))
+    members = row_numbers("blocks", member=2 * sizes.groups, d=sizes.qk)
+    keys, values = unpack(members, [[sizes.groups], [sizes.groups]], "* d")
+    return _owned(heads, join(cut(kv.rows, "k", keys), cut(kv.rows, "v", values)), out, sizes)
 
 
-def fused_order(core: nn.Module, name: str) -> str:
-    """How q, k and v lie in a fused tensor.
-
-    "blocks": all of q, then all of k, then all of v. "heads": q, k, v of the first head, then of
-    the second ... "groups": the queries of a key/value group, its key, its value, then the next
-    group. "codegen": four blocks of (q, v, k).
-    """
-    if type(core).__name__.startswith("CodeGen"):
+def packed_order(at: Candidate, packed: Projection) -> str:
+    """How q, k and v lie in a packed projection: "blocks", "heads", "groups" or "codegen" of `ROWS`."""
+    if type(at.module).__name__.startswith("CodeGen"):
         return "codegen"
-    if read(core, "new_decoder_architecture") is True:
+    if read(at.module, "new_decoder_architecture") is True:
         return "groups"
-    multi_query = read(core, "multi_query")
+    multi_query = read(at.module, "multi_query")
     if multi_query is not None:
         return "blocks" if multi_query else "heads"
-    return "heads" if name.rpartition(".")[2] in ("query_key_value", "in_proj") else "blocks"
+    return "heads" if packed.module.rpartition(".")[2] in ("query_key_value", "in_proj") else "blocks"
 
 
-def split_fused(
-    module: str, core: nn.Module, fused: Projection, out: Projection | None, facts: Facts
-) -> Owned:
+def split_packed(at: Candidate, packed: Projection, out: Projection) -> Owned:
     """Heads of one tensor that holds q, k and v.
 
     Raises:
         LayoutError: the stated sizes do not add up to the tensor's rows.
     """
-    order = fused_order(core, fused.module)
-    sizes = _fused_sizes(module, core, fused, out, facts, order)
+    order = packed_order(at, packed)
+    sizes = _packed_sizes(at, packed, out, order)
     n, g, d = sizes.heads, sizes.groups, sizes.qk
-    per = n // g
     if order == "blocks":
-        q, k, v = ([(first + i) * d for i in range(count)] for first, count in ((0, n), (n, g), (n + g, g)))
+        q, k, v = unpack(row_numbers(order, member=n + 2 * g, d=d), [[n], [g], [g]], "* d")
     elif order == "heads":
-        q, k, v = ([(3 * h + j) * d for h in range(n)] for j in range(3))
+        q, k, v = row_numbers(order, head=n, three=3, d=d)
     elif order == "groups":
-        q = [(h // per * (per + 2) + h % per) * d for h in range(n)]
-        k, v = ([(i * (per + 2) + per + j) * d for i in range(g)] for j in range(2))
+        q, k, v = unpack(row_numbers(order, group=g, member=n // g + 2, d=d), [[n // g], [], []], "group * d")
     else:
-        local = n // 4  # heads per block; a block is its heads' q, then v, then k
-        q = [(h // local * 3 * local + h % local) * d for h in range(n)]
-        v, k = [x + local * d for x in q], [x + 2 * local * d for x in q]
-    heads, keys, values = (
-        tuple(fused.rows(role, x, x + d) for x in starts) for role, starts in (("q", q), ("k", k), ("v", v))
-    )
-    return Owned(join(heads, output_columns(out, sizes)), join(keys, values), sizes.group_of())
+        q, v, k = row_numbers(order, block=4, three=3, head=n // 4, d=d)
+    return _owned(cut(packed.rows, "q", q), join(cut(packed.rows, "k", k), cut(packed.rows, "v", v)), out, sizes)
 
 
-def _fused_sizes(
-    module: str, core: nn.Module, fused: Projection, out: Projection | None, facts: Facts, order: str
-) -> Sizes:
+def _packed_sizes(at: Candidate, packed: Projection, out: Projection, order: str) -> Sizes:
     # Attention from channels to channels calls its heads groups.
-    names = ("groups",) if "channelattention" in type(core).__name__.lower() else HEADS
-    heads, rows = facts.get(names), fused.n_out
+    names = ("groups",) if "channelattention" in type(at.module).__name__.lower() else HEADS
+    heads, rows = at.states(*names), packed.n_out
     if heads is None:
-        raise LayoutError(f"{module}: nothing states how many heads the {rows} fused features hold")
-    width = out.n_in if out is not None and out.n_in else rows // 3
+        raise LayoutError(f"{at.name}: nothing states how many heads the {rows} fused features hold")
+    width = out.n_in or rows // 3
     head_dim = width // heads
     groups, rest = divmod(rows - heads * head_dim, 2 * head_dim) if head_dim else (0, 1)
     fits = heads * head_dim == width and not rest and groups and heads % groups == 0
     if not fits or (order in ("heads", "codegen") and groups != heads) or (order == "codegen" and heads % 4):
         raise LayoutError(
-            f"{module}: {rows} fused features do not divide into q, k and v of {heads} heads of size "
+            f"{at.name}: {rows} fused features do not divide into q, k and v of {heads} heads of size "
             f"{head_dim} ({width} features enter the output projection)"
         )
     return Sizes(heads, groups, head_dim, head_dim)
 
 
-def split_pair(q: Projection, kv: Projection, out: Projection | None, sizes: Sizes) -> Owned:
-    """Heads of a query projection and one tensor that holds all keys, then all values."""
-    groups = join(
-        blocks(kv, "k", sizes.groups, sizes.qk),
-        blocks(kv, "v", sizes.groups, sizes.v, first=sizes.groups * sizes.qk),
-    )
-    return Owned(
-        join(blocks(q, "q", sizes.heads, sizes.qk), output_columns(out, sizes)), groups, sizes.group_of()
-    )
-
-
-def split_latent(
-    module: str, q: Projection, gated: bool, kv_b: Projection, out: Projection, facts: Facts
-) -> Owned:
+def split_latent(at: Candidate, q: Projection, gated: bool, kv_b: Projection, out: Projection) -> Owned:
     """Heads of multi-head latent attention.
 
     Rows of the query projection per head: [nope, rope], and an output gate where it is `gated`;
@@ -165,27 +174,36 @@ def split_latent(
     Raises:
         LayoutError: the stated sizes do not add up to the weights' shapes.
     """
-    n, nope, v = (facts.get(names) for names in (HEADS, ("qk_nope_head_dim",), ("v_head_dim",)))
-    rope = facts.get(("qk_rope_head_dim",), least=0) or 0
-    if not (n and nope and v) or (q.n_out, kv_b.n_out, out.n_in) != (
-        n * (nope + rope + v * gated),
-        n * (nope + v),
-        n * v,
-    ):
+    n, nope, v = at.states(*HEADS), at.states("qk_nope_head_dim"), at.states("v_head_dim")
+    rope = at.states("qk_rope_head_dim", least=0) or 0
+    found = q.n_out, kv_b.n_out, out.n_in
+    if not (n and nope and v) or found != (n * (nope + rope + v * gated), n * (nope + v), n * v):
         raise LayoutError(
-            f"{module}: latent attention of {q.n_out} query, {kv_b.n_out} key/value and {out.n_in} output "
+            f"{at.name}: latent attention of {q.n_out} query, {kv_b.n_out} key/value and {out.n_in} output "
             f"features does not divide into {n} heads of {nope} + {rope} and {v}"
         )
-    step = nope + rope + v * gated
-    heads = blocks(q, "q", n, nope, step=step)
-    if rope:
-        heads = join(heads, blocks(q, "q_rope", n, rope, first=nope, step=step))
-    if gated:
-        heads = join(heads, blocks(q, "gate", n, v, first=nope + rope, step=step))
-    groups = join(
-        blocks(kv_b, "k", n, nope, step=nope + v), blocks(kv_b, "v", n, v, first=nope, step=nope + v)
-    )
-    return Owned(join(heads, output_columns(out, Sizes(n, n, nope, v))), groups, tuple(range(n)))
+    parts = {"q": nope, "q_rope": rope, "gate": v * gated}
+    queries = unpack(row_numbers("latent", head=n, row=sum(parts.values())), [[s] for s in parts.values()], "head *")
+    heads = join(*(cut(q.rows, role, rows) for role, rows in zip(parts, queries, strict=True) if parts[role]))
+    keys, values = unpack(row_numbers("latent", head=n, row=nope + v), [[nope], [v]], "head *")
+    groups = join(cut(kv_b.rows, "k", keys), cut(kv_b.rows, "v", values))
+    return _owned(heads, groups, out, Sizes(n, n, nope, v))
+
+
+def add_bare_biases(at: Candidate, owned: Owned) -> Owned:
+    """Adds biases of q, k and v that are bare parameters beside a projection without one."""
+
+    def add(units: Units, role: str) -> Units:
+        bias = at.module._parameters.get(f"{role}_bias")
+        if bias is None or bias.ndim != 1 or not units or bias.numel() % len(units):
+            return units
+
+        def take(role: str, start: int, stop: int) -> tuple[HeadSlice, ...]:
+            return (HeadSlice(at.names[id(bias)], role, 0, start, stop, bias=True),)
+
+        return join(units, cut(take, role, row_numbers("one", head=len(units), d=bias.numel() // len(units))))
+
+    return replace(owned, heads=add(owned.heads, "q"), groups=add(add(owned.groups, "k"), "v"))
 
 
 def join_differential_pairs(owned: Owned) -> Owned:
@@ -196,9 +214,8 @@ def join_differential_pairs(owned: Owned) -> Owned:
     """
     n, g = len(owned.heads) // 2, len(owned.groups) // 2
     queries, columns = (
-        [tuple(part for part in unit if (part.role == "o") == is_o) for unit in owned.heads]
-        for is_o in (False, True)
+        [tuple(part for part in unit if (part.role == "o") == is_o) for unit in owned.heads] for is_o in (False, True)
     )
     pairs = tuple((replace(a, stop=b.stop),) for (a,), (b,) in zip(columns[::2], columns[1::2], strict=True))
-    heads = join(queries[:n], queries[n:], pairs)
-    return Owned(heads, join(owned.groups[:g], owned.groups[g:]), owned.group_of[:n])
+    heads, groups = join(queries[:n], queries[n:], pairs), join(owned.groups[:g], owned.groups[g:])
+    return replace(owned, heads=heads, groups=groups, group_of=owned.group_of[:n])

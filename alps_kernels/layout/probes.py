@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from .layout import AttentionLayer, HeadSlice
 from .projections import unwrap
+from .slices import AttentionLayer, HeadSlice
+
+
+def catch(call: Callable[[], Any], modules: Mapping[str, nn.Module], *, last: bool = False) -> dict[str, tuple]:
+    """Copies of the arguments, (args, kwargs), of the first or last call of each module while `call` runs."""
+    calls: dict[str, tuple] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if last or name not in calls:
+            calls[name] = copy.deepcopy((args, kwargs))
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(partial(keep, name), with_kwargs=True).remove)
+        call()
+    return calls
 
 
 class InputProbe:
@@ -19,12 +36,9 @@ class InputProbe:
     def __init__(self, layer: AttentionLayer, modules: dict[str, nn.Module], call: Callable[[], Any]) -> None:
         self.layer, self.call = layer, call
         self.outer = None if layer.output is None else modules[layer.output]
-        self.seen: Tensor | None = None
 
     def columns(self, head: int) -> list[int]:
-        return [
-            c for part in self.layer.heads[head] if part.role == "o" for c in range(part.start, part.stop)
-        ]
+        return [c for part in self.layer.heads[head] if part.role == "o" for c in range(part.start, part.stop)]
 
     def sees(self) -> bool:
         """Whether the attention module calls its output projection as a module."""
@@ -32,19 +46,14 @@ class InputProbe:
 
     def run(self) -> Tensor | None:
         """[positions, n_in] in float32."""
-        self.seen = None
-        handle = self.outer.register_forward_pre_hook(self._keep, with_kwargs=True)
-        try:
-            self.call()
-        finally:
-            handle.remove()
-        return self.seen
-
-    def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls = catch(self.call, {"output": self.outer}, last=True)
+        if not calls:
+            return None
+        args, kwargs = calls["output"]
         value = args[0] if args else next(iter(kwargs.values()))
-        inner, _ = unwrap(self.outer, "")
-        value = value.movedim(1, -1) if inner.weight.ndim > 2 else value  # a convolution: [batch, n_in, ...]
-        self.seen = value.detach().reshape(-1, value.shape[-1]).float().clone()
+        convolution = unwrap(self.outer, "")[0].weight.ndim > 2
+        order = "batch n_in ... -> (batch ...) n_in" if convolution else "... n_in -> (...) n_in"
+        return rearrange(value, order).float()
 
 
 class HeadProbe:
@@ -54,9 +63,7 @@ class HeadProbe:
     outside the columns of that head.
     """
 
-    def __init__(
-        self, layer: AttentionLayer, params: dict[str, nn.Parameter], call: Callable[[], Any]
-    ) -> None:
+    def __init__(self, layer: AttentionLayer, params: dict[str, nn.Parameter], call: Callable[[], Any]) -> None:
         self.layer, self.params, self.call = layer, params, call
 
     def columns(self, head: int) -> list[int]:
@@ -64,7 +71,7 @@ class HeadProbe:
 
     def run(self) -> Tensor:
         """[returned elements, heads] in float32."""
-        return torch.stack([self._alone(unit) for unit in self.layer.heads], 1)
+        return rearrange([self._alone(unit) for unit in self.layer.heads], "head ... -> (...) head")
 
     def _alone(self, unit: Sequence[HeadSlice]) -> Tensor:
         own = [part for part in unit if part.role == "o"]
@@ -74,7 +81,7 @@ class HeadProbe:
             weight.zero_()
             for part in own:
                 part.of(weight).copy_(part.of(kept))
-            return first_tensor(self.call()).float().reshape(-1).clone()
+            return first_tensor(self.call()).float().clone()
         finally:
             weight.copy_(kept)
 
@@ -89,14 +96,11 @@ def first_tensor(value: Any) -> Tensor:
 @contextmanager
 def norms_pass(stage: nn.Module) -> Iterator[None]:
     """Norms inside `stage` return their input unchanged."""
-    norms = [
-        m
-        for m in stage.modules()
-        if m is not stage and "norm" in type(m).__name__.lower() and not any(True for _ in m.children())
-    ]
+    inside = [m for m in stage.modules() if m is not stage and not any(True for _ in m.children())]
+    norms = [m for m in inside if "norm" in type(m).__name__.lower()]
     kept = [m.__dict__.get("forward") for m in norms]
     for module in norms:
-        module.forward = pass_on
+        module.forward = lambda value, *args, **kwargs: value
     try:
         yield
     finally:
@@ -105,7 +109,3 @@ def norms_pass(stage: nn.Module) -> Iterator[None]:
                 del module.forward
             else:
                 module.forward = forward
-
-
-def pass_on(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return value

@@ -1,49 +1,22 @@
-"""The linear maps inside an attention module: which there are and what their names say.
+"""The linear maps inside an attention module, and where they stand in the model.
 
 Reads module names, classes' attributes and weight shapes only, so it works on meta tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
-from .layout import HeadSlice, LayoutError
+from .classify import attention_like, output_rank, role_of
+from .head_sizes import read, stated
+from .slices import HeadSlice, LayoutError
 
-# Words of a child's name that say nothing about its role.
-_FILLERS = {"proj", "projection", "project", "lin", "linear", "to", "head", "layer", "weight", "self"}
-_ROLES = {
-    ("q",): "q",
-    ("query",): "q",
-    ("wq",): "q",
-    ("q", "attn"): "q",
-    ("q", "b"): "q",
-    ("k",): "k",
-    ("key",): "k",
-    ("wk",): "k",
-    ("v",): "v",
-    ("value",): "v",
-    ("wv",): "v",
-    ("qkv",): "qkv",
-    ("wqkv",): "qkv",
-    ("query", "key", "value"): "qkv",
-    ("c", "attn"): "qkv",
-    ("kv",): "kv",
-    ("wkv",): "kv",
-    ("key", "value"): "kv",
-    ("kv", "b"): "kv_b",
-    ("query", "key"): "qk",
-    ("in",): "in",
-    ("q", "gate"): "q_gate",
-    ("o", "a"): "o_a",
-    # one key and value projection for every source of a cross-attention
-    **{("key", source): "k_of" for source in ("protein", "structure", "msa")},
-    **{("value", source): "v_of" for source in ("protein", "structure", "msa")},
-}
-_OUTPUTS = (("o",), ("out",), ("wo",), ("dense",), ("c",), (), ("attention", "out"), ("post",), ("output",))
 _WRAPPED = ("base_layer", "linear")
 
 
@@ -79,21 +52,6 @@ class Projection:
         return (HeadSlice(self.weight, role, 0 if self.transposed else 1, start, stop),)
 
 
-def role_of(name: str) -> str | None:
-    """The role that a child's name gives it: "q", "k", "v", "qkv", "kv", "kv_b", "o" ..., or None."""
-    words = _words(name)
-    return _ROLES.get(words) or ("o" if words in _OUTPUTS else None)
-
-
-def output_rank(name: str) -> int:
-    """Order of preference among output projections: the tellingest name first."""
-    return _OUTPUTS.index(_words(name))
-
-
-def _words(name: str) -> tuple[str, ...]:
-    return tuple(word for word in name.lower().split("_") if word and word not in _FILLERS)
-
-
 def is_linear(module: nn.Module) -> bool:
     """Has a weight matrix of one row per output feature: Linear, Conv1D, a convolution of kernel 1."""
     weight = module._parameters.get("weight")
@@ -126,11 +84,8 @@ def projection(module: nn.Module, name: str, names: Mapping[int, str]) -> Projec
     """
     inner, path = unwrap(module, name)
     if not is_linear(inner):
-        held = [
-            f"{key} {tensor.dtype} {list(tensor.shape)}"
-            for key, tensor in (*inner._parameters.items(), *inner._buffers.items())
-            if tensor is not None
-        ]
+        held = [f"{key} {tensor.dtype} {list(tensor.shape)}"
+                for key, tensor in (*inner._parameters.items(), *inner._buffers.items()) if tensor is not None]
         raise LayoutError(
             f"{path} ({type(inner).__name__}) has no weight matrix that heads could own rows or "
             f"columns of; it holds {held or list(inner._modules)}"
@@ -149,58 +104,146 @@ def projection(module: nn.Module, name: str, names: Mapping[int, str]) -> Projec
         n_out, n_in = n_in, n_out
     elif getattr(inner, "groups", 1) != 1:
         n_in = 0  # a grouped convolution: its columns are not the input's features
-    return Projection(
-        name, names[id(weight)], None if bias is None else names[id(bias)], n_out, n_in, transposed
-    )
+    return Projection(name, names[id(weight)], None if bias is None else names[id(bias)], n_out, n_in, transposed)
 
 
-def bare(module: nn.Module, name: str, names: Mapping[int, str]) -> dict[str, Projection]:
-    """Projections held as bare parameters, by role.
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A module that may be attention, where it stands in the model, and the linear maps in it.
 
-    torch's MultiheadAttention: one packed [3 d, d] or three matrices, one bias for all three.
-    XLNet: [d, heads, head_dim] for each of q, k, v and o.
+    Attributes:
+        name: its name in `modules`.
+        modules: all of the model, `model.named_modules()`.
+        names: all parameter names by `id`, from `model.named_parameters()`.
+        config: the model's.
     """
-    held = {key: param for key, param in module._parameters.items() if param is not None}
-    if (packed := held.get("in_proj_weight")) is not None:
-        bias = held.get("in_proj_bias")
-        return {
-            "qkv": Projection(
-                name, names[id(packed)], None if bias is None else names[id(bias)], *packed.shape
-            )
-        }
-    if {"q_proj_weight", "k_proj_weight", "v_proj_weight"} <= held.keys():
-        bias = None if held.get("in_proj_bias") is None else names[id(held["in_proj_bias"])]
-        weights = [held[f"{role}_proj_weight"] for role in "qkv"]
-        return {
-            role: Projection(name, names[id(w)], bias, *w.shape, bias_at=i * weights[0].shape[0])
-            for i, (role, w) in enumerate(zip("qkv", weights, strict=True))
-        }
-    if all(role in held and held[role].ndim == 3 for role in "qkvo"):
-        sizes = {role: (held[role].shape[0], held[role][0].numel()) for role in "qkvo"}
-        return {
-            role: Projection(
-                name,
-                names[id(held[role])],
-                None,
-                n_out=inner if role != "o" else outer,
-                n_in=outer if role != "o" else inner,
-                transposed=role != "o",
-            )
-            for role, (outer, inner) in sizes.items()
-        }
-    return {}
+
+    name: str
+    modules: Mapping[str, nn.Module]
+    names: Mapping[int, str]
+    config: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} ({type(self.module).__name__})"
+
+    @property
+    def module(self) -> nn.Module:
+        return self.modules[self.name]
+
+    @property
+    def parent(self) -> nn.Module | None:
+        """The module around it, None for the model itself."""
+        return self.modules.get(self.name.rpartition(".")[0]) if self.name else None
+
+    @cached_property
+    def sources(self) -> list[Any]:
+        """What states sizes: the module, the module around it and the configs, the nearest first."""
+        return [self.module, self.parent, read(self.module, "config"), self.config]
+
+    def states(self, *names: str, least: int = 1) -> int | None:
+        """The size that the nearest of its `sources` states by one of these names."""
+        return stated(self.sources, names, least)
+
+    @cached_property
+    def children(self) -> dict[str, list[tuple[str, nn.Module]]]:
+        """The children by role, each as (name in the model, module); those with parameters or buffers."""
+        found: dict[str, list[tuple[str, nn.Module]]] = {}
+        for path, key, child in _children(self.module, self.name):
+            if (role := role_of(key)) and (_any(child.parameters()) or _any(child.buffers())):
+                found.setdefault(role, []).append((path, child))
+        return found
+
+    @cached_property
+    def bare(self) -> dict[str, Projection]:
+        """Projections held as bare parameters, by role.
+
+        torch's MultiheadAttention: one packed [3 d, d] or three matrices, one bias for all three.
+        XLNet: [d, heads, head_dim] for each of q, k, v and o.
+        """
+        held = {key: param for key, param in self.module._parameters.items() if param is not None}
+        bias = self.names[id(held["in_proj_bias"])] if "in_proj_bias" in held else None
+        weights = {role: held[key] for role in "qkv" if (key := f"{role}_proj_weight") in held}
+
+        def linear(weight: nn.Parameter, n_out: int, n_in: int, **more: Any) -> Projection:
+            return Projection(self.name, self.names[id(weight)], n_out=n_out, n_in=n_in, **more)
+
+        if (packed := held.get("in_proj_weight")) is not None:
+            return {"qkv": linear(packed, *packed.shape, bias=bias)}
+        if len(weights) == 3:
+            step = weights["q"].shape[0]
+            return {r: linear(w, *w.shape, bias=bias, bias_at=i * step) for i, (r, w) in enumerate(weights.items())}
+        if any(role not in held or held[role].ndim != 3 for role in "qkvo"):
+            return {}
+        folded = {role: (held[role].shape[0], held[role].shape[1:].numel()) for role in "qkvo"}
+        maps = {r: linear(held[r], inner, outer, bias=None, transposed=True) for r, (outer, inner) in folded.items()}
+        return maps | {"o": linear(held["o"], *folded["o"], bias=None)}
+
+    def one(self, role: str) -> Projection | None:
+        """The projection of a role, None where it has none.
+
+        Raises:
+            LayoutError: several children have that role, or the one has no weight matrix.
+        """
+        if role in self.bare:
+            return self.bare[role]
+        found = self.children.get(role, [])
+        if len(found) > 1:
+            raise LayoutError(f"{found[0][0]} and {found[1][0]} both look like the {role} projection of one module")
+        return projection(found[0][1], found[0][0], self.names) if found else None
+
+    def every(self, role: str) -> list[Projection]:
+        """The projections of all children of a role."""
+        return [projection(child, path, self.names) for path, child in self.children.get(role, ())]
+
+    def output(self, fits: Callable[[Projection], bool]) -> Projection:
+        """The output projection: a child, a child's child, or beside the module in its attention block.
+
+        Args:
+            fits: whether a candidate's input divides into the module's heads.
+
+        Raises:
+            LayoutError: there is no such child, or none that fits the heads.
+        """
+        if "o" in self.bare:
+            return self.bare["o"]
+        found = self._outputs_in(self.module, self.name)
+        if not found and self.parent is not None:
+            found = self._outputs_in(self.parent, self.name.rpartition(".")[0])
+        if not found:
+            raise LayoutError(f"{self}: no output projection was found, so what its heads write is unknown")
+        for out in found:
+            if fits(out):
+                return out
+        raise LayoutError(
+            f"{self}: its output projection {found[0].module} takes {found[0].n_in} features, "
+            "which do not divide into its heads"
+        )
+
+    def _outputs_in(self, module: nn.Module, name: str) -> list[Projection]:
+        """Output projections among the children of `module`, the best named first."""
+        inside = module is self.module or attention_like(module)
+        ranked = []
+        for path, key, child in _children(module, name):
+            if child is self.module or not _any(child.parameters()):
+                continue
+            if inside and role_of(key) == "o":
+                deeper = [] if hasattr(unwrap(child, path)[0], "weight") else [
+                    (output_rank(sub), below, part) for below, sub, part in _children(child, path)
+                    if role_of(sub) == "o" and _any(part.parameters())
+                ]
+                ranked += deeper or [(output_rank(key), path, child)]
+            elif not inside and key == "post_attention":  # an attention module without a block of its own
+                ranked += [(0, below, part) for below, sub, part in _children(child, path) if sub == "conv1d"]
+        ranked.sort(key=lambda item: item[0])
+        return [projection(part, path, self.names) for _, path, part in ranked]
 
 
-def find_projections(module: nn.Module, name: str) -> dict[str, list[tuple[str, nn.Module]]]:
-    """Children of `module` by role, each as (name in the model, module); those with parameters or buffers."""
-    found: dict[str, list[tuple[str, nn.Module]]] = {}
+def _children(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Module]]:
+    """(name in the model, own name, module) of every child of the module called `name`."""
     for key, child in module._modules.items():
-        if child is None or not _holds_tensors(child):
-            continue
-        if role := role_of(key):
-            found.setdefault(role, []).append((f"{name}.{key}" if name else key, child))
-    return found
+        if child is not None:
+            yield f"{name}.{key}" if name else key, key, child
 
 
-def _holds_tensors(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+def _any(tensors: Iterator[torch.Tensor]) -> bool:
+    return next(tensors, None) is not None

@@ -1,4 +1,4 @@
-"""One function per kernel: check, choose a grid, launch. CPU tensors go to `reference`."""
+"""Load device code, make a device current, name dtypes as Triton does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-ABI = 2  # of csrc_triton, as this package calls it
+ABI = 3  # of csrc_triton, as this package calls it
 
 
 def device_code(module: str) -> ModuleType:
@@ -34,4 +34,5 @@ def triton_type(dtype: torch.dtype):
     """Triton's name of a dtype that kernels take; int8 stands for 8-bit moments."""
     import triton.language as tl
 
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}[dtype]
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
+            torch.int8: tl.int8}[dtype]

@@ -1,13 +1,14 @@
-"""What is allowed and seldom meant: warnings, each once for an optimizer or a call, none after its first steps."""
+"""Warnings for likely mistakes, given in the first steps of an optimizer, each once."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from ..tensors import first_of
 from .state import EIGHT, HALVES, Slot
 
 FIRST_STEPS = 3
@@ -15,7 +16,7 @@ SAMPLE = 4096  # elements of each parameter that are tried
 LOST = 0.9  # the share of them that must stay where they are
 
 
-class Cautions:
+class FirstStepChecks:
     """Watches the first steps of an optimizer. They alone look at values; the rest costs nothing.
 
     Args:
@@ -30,8 +31,8 @@ class Cautions:
         self.idle = 0  # calls without any gradient
         rounded = [slot.name for slot in self.slots if slot.dtype in HALVES and slot.master is None and not again]
         if rounded:
-            _warn(f"{_named(rounded)} has 16 bits and no master (master=None): rounding to nearest loses most updates at "
-                  "fine-tuning learning rates; master='split' keeps them")
+            _warn(f"{first_of(rounded)} has 16 bits and no master (master=None): rounding to nearest loses most updates"
+                  " at fine-tuning learning rates; master='split' keeps them")
 
     @torch.no_grad()
     def before_step(self, groups: Iterable[dict], state: dict[Tensor, dict], reached: bool) -> bool:
@@ -42,10 +43,12 @@ class Cautions:
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return True
-        count = max((entry["step"].max().item() for slot in self.slots if (entry := state.get(slot.param))), default=0.0)
+        count = max((entry["step"].max().item() for slot in self.slots if (entry := state.get(slot.param))),
+                    default=0.0)
         self.first = count if self.first is None else self.first
         self.idle += not reached
-        if not self.tried_lr and (lrs := {id(p): float(g["lr"]) for g in groups for p in g["params"] if float(g["lr"]) > 0}):
+        if not self.tried_lr and (lrs := {id(p): float(g["lr"]) for g in groups for p in g["params"]
+                                          if float(g["lr"]) > 0}):
             self.tried_lr = True
             self._try_lr(lrs)
         if max(count - self.first, self.idle - 1) < FIRST_STEPS:
@@ -69,28 +72,24 @@ class Cautions:
         small = [(name, lr) for (name, lr, _), share in zip(lost, shares, strict=True) if share > LOST]
         if len(small) == len(lost):
             _warn(f"lr {small[0][1]:g} is so small that adding it to the weights changes next to none of them "
-                  f"({_named([name for name, _ in small])}): nothing will train")
+                  f"({first_of([name for name, _ in small])}): nothing will train")
 
     def _look_for_gradients(self, state: dict[Tensor, dict]) -> None:
         absent = [slot for slot in self.slots if not state.get(slot.param)]
         if frozen := [slot.name for slot in absent if not slot.param.requires_grad]:
-            _warn(f"{_named(frozen)} holds selected heads but requires_grad is False: it was frozen after the heads were "
-                  "chosen and will not train")
+            _warn(f"{first_of(frozen)} holds selected heads but requires_grad is False: it was frozen after the heads"
+                  " were chosen and will not train")
         if unreached := [slot.name for slot in absent if slot.param.requires_grad and slot.param.numel()]:
-            _warn(f"{_named(unreached)} holds selected heads and had no gradient in {FIRST_STEPS} steps: the loss does not "
-                  "depend on it, or it is not part of the model that runs")
+            _warn(f"{first_of(unreached)} holds selected heads and had no gradient in {FIRST_STEPS} steps: the loss"
+                  " does not depend on it, or it is not part of the model that runs")
         held = [(slot, local) for slot in self.slots if slot.moment_dtype != EIGHT and (entry := state.get(slot.param))
                 and (local := getattr(entry["exp_avg"], "_local_tensor", entry["exp_avg"])).numel()]
         if held:
             moved = torch.stack([local.any().to(held[0][1].device) for _, local in held]).tolist()
             zeros = [slot.name for (slot, _), any_gradient in zip(held, moved, strict=True) if not any_gradient]
             if zeros:
-                _warn(f"{_named(zeros)} holds selected heads and its gradient was zero there in {FIRST_STEPS} steps: the "
-                      "loss does not reach them")
-
-
-def _named(names: Sequence[str]) -> str:
-    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+                _warn(f"{first_of(zeros)} holds selected heads and its gradient was zero there in {FIRST_STEPS} steps:"
+                      " the loss does not reach them")
 
 
 def _warn(text: str) -> None:

@@ -1,8 +1,9 @@
-"""A saved state of the optimizer: checked against what trains here, and brought to its form."""
+"""Saved states of the optimizer: made, checked against what trains here, and loaded, all or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,31 @@ import torch
 from torch import Tensor
 
 from ..selection import cut_compact, gather_compact
-from ..tensors import share_of, viewed
+from ..tensors import like, share_of, viewed
 from .state import EIGHT, LOW, MOMENTS, SCALE, Slot
 
 FORMAT, VERSION = "alps_kernels.head_adamw", 1
+OURS = ("master", "moment_dtype")  # entries of a param group that torch.optim.AdamW does not have
+
+
+def saved_state(plain: dict[str, Any], slots: Mapping[int, Slot], seed: int) -> dict[str, Any]:
+    """The state dict `plain` that torch makes, in the form that is saved; `slots` by parameter number."""
+    state = {key: dict(entry) for key, entry in plain["state"].items()}
+    state.update({key: saved_entry(slot, state[key]) for key, slot in slots.items() if state.get(key)})
+    groups = [{**group, "moment_dtype": str(group["moment_dtype"]).removeprefix("torch.")}
+              for group in plain["param_groups"]]  # torch's gathering of state dicts knows no dtypes
+    described = {"format": FORMAT, "version": VERSION, "seed": seed,
+                 "params": {key: slot.describe() for key, slot in slots.items()}}
+    return {**plain, "state": state, "param_groups": groups, "alps": described}
+
+
+def dense_state(plain: dict[str, Any], slots: Mapping[int, Slot]) -> dict[str, Any]:
+    """The state dict `plain` in the form that torch.optim.AdamW loads."""
+    state = {index: {key: value.max() if key == "step" else like(slots[index].param, slots[index].spread(value))
+                     for key, value in slots[index].decoded(entry).items() if key == "step" or key in MOMENTS}
+             for index, entry in plain["state"].items()}
+    groups = [{key: value for key, value in group.items() if key not in OURS} for group in plain["param_groups"]]
+    return {"state": state, "param_groups": groups}
 
 
 def saved_entry(slot: Slot, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -28,7 +50,8 @@ def saved_entry(slot: Slot, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                  for key, value in state.items()}
         spans = slot.spans
     if spans is not None:
-        entry["slices"] = torch.tensor([slot.part.dim, *(edge for span in spans for edge in span)], device=slot.param.device)
+        entry["slices"] = torch.tensor([slot.part.dim, *(edge for span in spans for edge in span)],
+                                       device=slot.param.device)
     if "master_lo" in entry:
         low = entry["master_lo"]
         entry["master_lo"] = viewed(low, lambda held: held.unsqueeze(-1).view(torch.uint8), (*low.shape, 2))
@@ -36,8 +59,8 @@ def saved_entry(slot: Slot, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_saved(saved: Mapping[str, Any], param_groups: Sequence[Mapping], slots: Mapping[Tensor, Slot],
-               seed: int) -> dict[str, Any]:
-    """The slots, states and seed of a state dict; {} where torch says what is wrong with its groups.
+               seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The slots, states and seed of a state dict, and what torch is to load of it; {} where its groups do not fit.
 
     Args:
         saved: of HeadAdamW, or dense, of torch.optim.AdamW.
@@ -54,7 +77,7 @@ def read_saved(saved: Mapping[str, Any], param_groups: Sequence[Mapping], slots:
             raise ValueError(f"param group {position} of the state dict has no list of params")
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [len(group["params"]) for group in param_groups]:
-        return {}
+        return {}, saved  # torch says so
     index = {param: (key, group) for ours, group in zip(param_groups, saved["param_groups"], strict=True)
              for param, key in zip(ours["params"], group["params"], strict=True)}
     described = None
@@ -66,11 +89,15 @@ def read_saved(saved: Mapping[str, Any], param_groups: Sequence[Mapping], slots:
         key, group = index[param]
         if entry := saved["state"].get(key):
             if not isinstance(entry, Mapping):
-                raise ValueError(f"{slot.name}: its saved state is a {type(entry).__name__}; expected a dict of tensors")
+                raise ValueError(f"{slot.name}: its saved state is a {type(entry).__name__}; expected a dict of"
+                                 " tensors")
             slots[param], states[param] = read_state(
                 slot, entry, described[key] if described else described_by(slot, entry.get("slices")),
                 amsgrad=group.get("amsgrad", False), device_step=group.get("capturable", False))
-    return {"slots": slots, "states": states, "seed": seed}
+    groups = [{**theirs, **{key: ours[key] for key in OURS}}
+              for theirs, ours in zip(saved["param_groups"], param_groups, strict=True)]
+    # Without the state: torch would cast every tensor of it to the parameter's dtype.
+    return {"slots": slots, "states": states, "seed": seed}, {**saved, "state": {}, "param_groups": groups}
 
 
 def read_state(slot: Slot, saved: Mapping[str, Any], described: Mapping[str, Any] | None, *,
@@ -206,3 +233,17 @@ def _subdivide(spans: Any, ranges: list[list[int]]) -> bool:
                 return False
             start = span[1]
     return next(left, None) is None
+
+
+@contextmanager
+def all_or_nothing(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """An error or interrupt within leaves groups, state and selection as they were."""
+    before, state = dict(optimizer.__dict__), dict(optimizer.state)
+    try:
+        yield
+    except BaseException:
+        optimizer.__dict__.clear()
+        optimizer.__dict__.update(before)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        raise

@@ -1,4 +1,4 @@
-"""The arguments of a step, kept for the next, and the quick look that tells whether they still hold."""
+"""Step cache: the arguments of a step, kept for the next, and the quick check that they are still valid."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Hyper, Numbers, Update, numbers_on_device
-from ..tensors import SyncedSlice, synced_slice_of
+from ..ops import HyperRow, HyperTable, Launches, ParamUpdate, head_grad_norm, hyper_rows_on_device
+from ..tensors import sum_of_squares, synced_slice_of
+from .state import Slot, check_grad, check_state
 
 try:  # what guards compiled code looks at every tensor in C++, at 45 ns each
     from torch._C._dynamo.guards import TensorGuards
@@ -46,34 +47,53 @@ for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem"
     setattr(ParamState, _name, _watched(_name))
 
 
-class Arguments:
-    """What a step takes, for the parameters that had a gradient in it.
+class StepCache:
+    """What a step takes, of the parameters that have a gradient in it.
 
     Args:
-        updates: of those parameters, checked.
-        states: their states, `step` included.
-        groups: the param group of each.
-        absent: parameters that train and had no gradient.
+        groups, slots, state: the optimizer's.
+
+    Raises:
+        RuntimeError, ValueError: a gradient or a state does not fit its parameter; it is named.
     """
 
-    def __init__(self, updates: list[Update], states: list[ParamState], groups: list[dict[str, Any]],
-                 absent: list[Tensor]) -> None:
-        self.updates, self.states, self.absent = updates, states, absent
+    def __init__(self, groups: Sequence[dict[str, Any]], slots: Mapping[Tensor, Slot],
+                 state: Mapping[Tensor, dict]) -> None:
+        updates, of_groups = [], []
+        self.updates: list[ParamUpdate] = updates
+        self.states: list[ParamState] = []  # `step` included
+        self.absent: list[Tensor] = []  # parameters that train and have no gradient
+        self.fresh: list[Tensor] = []  # those that had no state before
+        for group in groups:
+            for param in group["params"]:
+                if (slot := slots.get(param)) is None:
+                    continue
+                if param.grad is None:
+                    self.absent.append(param)
+                    continue
+                check_grad(slot)
+                if not (entry := state.get(param)):
+                    entry = slot.new_state(amsgrad=group["amsgrad"], device_step=group["capturable"])
+                    self.fresh.append(param)
+                check_state(slot, entry, group["amsgrad"])
+                updates.append(slot.update(entry, group["amsgrad"]))
+                self.states.append(entry if type(entry) is ParamState else ParamState(entry))
+                of_groups.append(group)
         self.params = [update.owner for update in updates]
-        self.mirrors = [(synced_slice_of(u.param), u) for u in updates if u.mirror is not None]
-        self.fixed = [*(u.param for u in updates), *(u.mirror for _, u in self.mirrors)]
+        self.copies = [(synced_slice_of(u.param), u) for u in updates if u.weight_copy is not None]
+        self.fixed = [*(u.param for u in updates), *(u.weight_copy for _, u in self.copies)]
         self.pointers = list(map(Tensor.data_ptr, self.fixed)), [u.grad.data_ptr() for u in updates]
         self.shape_of_grads = _Likeness([u.grad for u in updates])
         self.held = True  # the updates hold gradients
         self.counts: Tensor | None = None  # of the host, one after the other
         self.version: int | None = None
         self.known: tuple = ()
-        self.aged: list[tuple[dict[str, Any], float]] = []  # group and steps taken of every row of numbers
+        self.aged: list[tuple[dict[str, Any], float]] = []  # group and steps taken of every row of hyperparameters
         self.on_device: dict[tuple, tuple] = {}  # by group and device: the group, and the step counts of parameters
-        self._number(groups)
+        self._assign_rows(of_groups)
 
-    def _number(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Give every parameter its rows of the numbers: on the host those of one group and age share theirs."""
+    def _assign_rows(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Give every parameter its rows of hyperparameters: on the host those of one group and age share theirs."""
         ages: dict[tuple, int] = {}
         for update, state, group in zip(self.updates, self.states, groups, strict=True):
             if update.counts_on_device:
@@ -91,14 +111,10 @@ class Arguments:
                 update.row = at.get(device, 0)
                 at[device] = update.row + update.n_rows
 
-    @property
-    def all_on_device(self) -> bool:
-        return not self.aged
-
-    # -- do they hold ------------------------------------------------------------------------
-
-    def settle(self, groups: Sequence[Mapping], state: Mapping[Tensor, dict]) -> None:
+    def settle(self, groups: Sequence[Mapping], state: dict[Tensor, dict]) -> None:
         """The states are the optimizer's from now on; counts of the host become views of one tensor."""
+        for param, entry in zip(self.params, self.states, strict=True):
+            state[param] = entry
         host = [s for s, update in zip(self.states, self.updates, strict=True) if not update.counts_on_device]
         if host:
             steps = [s["step"] for s in host]
@@ -127,8 +143,8 @@ class Arguments:
         grads = list(map(GRAD, self.params))
         if not self.shape_of_grads.same(grads) or any(p.grad is not None for p in self.absent):
             return None
-        for mirror, update in self.mirrors:
-            if mirror.weight is not update.mirror or not mirror.writable(update.param):
+        for synced, update in self.copies:
+            if synced.weight is not update.weight_copy or not synced.writable(update.param):
                 return None
         return grads
 
@@ -155,18 +171,29 @@ class Arguments:
                 update.grad = None
             self.held = False
 
-    # -- a step ------------------------------------------------------------------------------
-
-    def numbers(self) -> Numbers:
+    def hypers(self) -> HyperTable:
         """Of the step to come."""
         tables: dict[torch.device, list[Tensor]] = {}
         for (device, _), (group, members) in self.on_device.items():
             steps = torch.cat([step.reshape(-1) for step, _ in members]).double() + 1
-            tables.setdefault(device, []).append(numbers_on_device(group, steps))
-        return Numbers([Hyper.of(group, age + 1) for group, age in self.aged],
+            tables.setdefault(device, []).append(hyper_rows_on_device(group, steps))
+        return HyperTable([HyperRow.of(group, age + 1) for group, age in self.aged],
                        {device: torch.cat(rows) for device, rows in tables.items()})
 
-    def count(self, found_inf: Tensor | None, plain: Sequence[Update]) -> None:
+    def grad_norm(self, seed: int, launches: Launches, backend: str | None) -> Tensor:
+        """The l2 norm of the gradients of what trains, over the shards of all ranks."""
+        updates = self.updates
+        if not any([update.sharded for update in updates]):
+            return head_grad_norm(updates, seed=seed, launches=launches, backend=backend)
+
+        def square(members: list[int]) -> Tensor:
+            every = len(members) == len(updates)
+            return head_grad_norm(updates if every else [updates[i] for i in members], seed=seed,
+                                  launches=launches if every else None, backend=backend).square()
+
+        return sum_of_squares(self.params, square).sqrt()
+
+    def count(self, found_inf: Tensor | None, plain: Sequence[ParamUpdate]) -> None:
         """The step was taken.
 
         Args:
@@ -179,11 +206,18 @@ class Arguments:
             done = set(map(id, plain))
             steps = [update.step for update in self.updates if id(update) not in done]
             torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]).reshape(()))
-        for mirror, update in self.mirrors:
-            mirror.written(update.param)
-        self.aged = [(group, age + 1) for group, age in self.aged]
+        for synced, update in self.copies:
+            synced.written(update.param)
+        self.aged, self.fresh = [(group, age + 1) for group, age in self.aged], []
         if self.counts is not None:  # last: an interrupt on the way here makes the next step look at everything
             self.version = self.counts._version
+
+
+    def undo(self, state: dict[Tensor, dict]) -> None:
+        """The step failed: what did not move keeps no state."""
+        for param in self.fresh:
+            if param in state and not state[param]["step"].any():
+                del state[param]
 
 
 class _Likeness:
@@ -205,9 +239,3 @@ class _Likeness:
     def _of(tensors: Sequence[Tensor]) -> list[tuple]:
         return [(t.layout, t.dtype, t.device, t.shape, t.stride() if t.layout == torch.strided else ())
                 for t in tensors]
-
-
-def mirrored(param: Tensor) -> Tensor | None:
-    """The weight that a step of this leaf writes too, where it may."""
-    mirror: SyncedSlice | None = synced_slice_of(param)
-    return mirror.weight if mirror is not None and mirror.writable(param) else None

@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,59 +16,67 @@ import torch
 from torch import Tensor
 
 from ..selection import HeadSelection
-from ..tensors import merge, new_folder
-from ..weights import PICKLES, Checkpoint, TensorFiles, open_checkpoint
-from .make import check_apart, check_fits, make_patch
+from ..tensors import first_of, merge, new_folder
+from ..weights import PICKLES, Checkpoint, TensorFiles, TensorInfo
+from .fit import check_apart, check_fits, whole_weights
+from .make import make_patch
 from .patch import HeadPatch
-from .slices_file import TensorSlice, digest, dtype_name, raw
-from .source import first_of
-from .sparse_update import SparseUpdate
+from .slices_file import TensorSlice, digest, raw, read_digest, read_slices, write_slices
 
+SPARSE_FORMAT = "alps_kernels.sparse"
 KEPT = "alps_patch"  # the folder in a patched checkpoint that holds what revert puts back
 # Files of tensors in a checkpoint folder that hold no weights: what Trainer saves beside them.
 STATE = ("optimizer", "scheduler", "rng_state", "training_args", "scaler")
 
 
-class CheckpointSource:
-    """A checkpoint folder as a `patch_source.Source`.
+@dataclass(frozen=True, eq=False)
+class SparseUpdate:
+    """New values for some rows or columns of a checkpoint's tensors, by their stored names.
 
-    Args:
-        config: used instead of the folder's config.json: a path, dict or PretrainedConfig.
+    For servers that change weights in place, and for putting back what a patch replaced.
 
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is no checkpoint, lacks a tensor, or is quantised.
-        LayoutError: its heads cannot be located.
+    Attributes:
+        cuts: by the tensor's name in the checkpoint, which part.
+        values: the new values, of shape `cut.stored`.
+        replaces: digests of the values that they replace.
+        about: anything JSON about where they are from.
     """
 
-    def __init__(self, path: str | os.PathLike, config: Any = None) -> None:
-        weights = open_checkpoint(path, config=config)
-        if not isinstance(weights, Checkpoint):
-            raise ValueError(f"{os.fspath(path)} is a GGUF file; expected a checkpoint folder (convert it with "
-                             "transformers' from_pretrained and save_pretrained)")
-        weights.prepare(weights.shapes)
-        self.weights, self.path = weights, weights.path
-        self.name, self.layout, self.names = weights.name, weights.layout, tuple(weights.shapes)
-        self.model_type = weights.layout.model_type
-        self.architecture = type(weights.model).__name__
-        self._dtypes = weights.dtypes(self.names)
+    cuts: dict[str, TensorSlice]
+    values: dict[str, Tensor]
+    replaces: dict[str, str]
+    about: dict[str, Any] = field(default_factory=dict)
 
-    def facts(self, name: str) -> tuple[tuple[int, ...], str]:
-        return self.weights.shapes[name], self._dtypes[name]
+    def save(self, path: str | os.PathLike) -> dict[str, Any]:
+        """Write the update atomically, the values under the tensors' own names; returns what its header says."""
+        about = {"about": self.about}
+        header = write_slices(path, SPARSE_FORMAT, about, self.cuts, self.values, replaces=self.replaces)
+        return {key: header[key] for key in ("format", "version", "about", "tensors")}
 
-    def read(self, name: str) -> Tensor:
-        return self.weights.read([name])[name]
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SparseUpdate:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is torn, foreign or contradicts itself; the message names the file.
+        """
+        with read_slices(path, SPARSE_FORMAT) as (document, cuts, values):
+            replaces = {key: read_digest(document["tensors"][key].get("replaces")) for key in cuts}
+            if not isinstance(document.get("about"), dict):
+                raise ValueError("it does not say where it is from")
+            return cls(cuts, values, replaces, document["about"])
 
 
-def patch_from_checkpoints(base: str | os.PathLike, tuned: str | os.PathLike, heads: HeadSelection, *, name: str = "patch",
-                           provenance: dict | None = None, allow_outside_changes: bool = False,
+def patch_from_checkpoints(base: str | os.PathLike, tuned: str | os.PathLike, heads: HeadSelection, *,
+                           name: str = "patch", provenance: dict | None = None, allow_outside_changes: bool = False,
                            config: Any = None) -> HeadPatch:
-    """The patch that turns one checkpoint into the other, a few tensors of each in memory at a time; see `make_patch`.
+    """The patch that turns one checkpoint into the other, a few tensors of each in memory; see `make_patch`.
 
     Args:
         config: of both, where their folders have none.
     """
-    return make_patch(CheckpointSource(tuned, config), heads, base=CheckpointSource(base, config), name=name,
+    return make_patch(whole_weights(tuned, config), heads, base=whole_weights(base, config), name=name,
                       provenance=provenance, allow_outside_changes=allow_outside_changes)
 
 
@@ -89,31 +97,32 @@ def apply_to_checkpoint(checkpoint: str | os.PathLike, patches: Sequence[HeadPat
         ValueError: a patch does not fit, or two change the same slices; nothing is written.
         FileExistsError: `out` is there already.
     """
-    source = CheckpointSource(checkpoint, config)
+    weights = whole_weights(checkpoint, config)
     for at, patch in enumerate(patches):
         for other in patches[:at]:
-            check_apart(source, other, patch)
-        check_fits(patch, source, verify=verify)
-    new, old = sparse_updates(source, patches)
-    _write_folder(source.path, new, out, old if keep_originals else None)
+            check_apart(weights, other, patch)
+        check_fits(patch, weights, verify=verify)
+    new, old = sparse_updates(weights, patches)
+    _write_folder(weights.path, new, out, old if keep_originals else None)
 
 
-def sparse_updates(source: CheckpointSource, patches: Sequence[HeadPatch]) -> tuple[SparseUpdate, SparseUpdate]:
+def sparse_updates(weights: Checkpoint, patches: Sequence[HeadPatch]) -> tuple[SparseUpdate, SparseUpdate]:
     """Patches as one update under the names of a checkpoint, and the update that undoes it.
 
     Raises:
         ValueError: a parameter is converted while loading, so that no one tensor of the checkpoint is it.
     """
-    about = {"patches": [{"name": patch.name, "fingerprint": patch.fingerprint, "heads": list(map(list, patch.selection))}
-                         for patch in patches]}
+    about = {"patches": [{"name": patch.name, "fingerprint": patch.fingerprint,
+                          "heads": list(map(list, patch.selection))} for patch in patches]}
     cuts, new, old = {}, {}, {}
     for name in dict.fromkeys(name for patch in patches for name in patch.cuts):
-        key, file = source.weights.stored(name)
+        key, file = weights.stored(name)
         if key in cuts:
             raise ValueError(f"{key} in {file} is {name} and another parameter that the patch changes")
         held = [patch for patch in patches if name in patch.cuts]
-        cuts[key] = replace(held[0].cuts[name], ranges=merge(span for patch in held for span in patch.cuts[name].ranges))
-        tensor = source.read(name).clone()
+        ranges = merge(span for patch in held for span in patch.cuts[name].ranges)
+        cuts[key] = replace(held[0].cuts[name], ranges=ranges)
+        tensor = weights.read([name])[name].clone()
         old[key] = cuts[key].take(tensor)
         for patch in held:
             patch.cuts[name].put(patch.values[name].cpu(), tensor)
@@ -122,7 +131,8 @@ def sparse_updates(source: CheckpointSource, patches: Sequence[HeadPatch]) -> tu
             SparseUpdate(cuts, old, {key: digest(values) for key, values in new.items()}, about))
 
 
-def revert_checkpoint(checkpoint: str | os.PathLike, out: str | os.PathLike, originals: str | os.PathLike | None = None) -> None:
+def revert_checkpoint(checkpoint: str | os.PathLike, out: str | os.PathLike,
+                      originals: str | os.PathLike | None = None) -> None:
     """Write a patched checkpoint with its originals put back to a new folder.
 
     Args:
@@ -135,8 +145,8 @@ def revert_checkpoint(checkpoint: str | os.PathLike, out: str | os.PathLike, ori
     checkpoint = Path(checkpoint)
     kept = kept_files(checkpoint)
     if originals is None and not kept:
-        raise FileNotFoundError(f"{checkpoint / KEPT} holds no originals.*.safetensors: without what a patch replaced "
-                                "the checkpoint cannot be reverted (give the file, or take the base)")
+        raise FileNotFoundError(f"{checkpoint / KEPT} holds no originals.*.safetensors: without what a patch "
+                                "replaced the checkpoint cannot be reverted (give the file, or take the base)")
     file = kept[-1] if originals is None else Path(originals)
     update = SparseUpdate.load(file)
     files = TensorFiles(checkpoint)
@@ -144,10 +154,10 @@ def revert_checkpoint(checkpoint: str | os.PathLike, out: str | os.PathLike, ori
         raise ValueError(f"{checkpoint} does not hold {first_of(unknown)}, which {file} has slices of")
     for key, cut in update.cuts.items():
         tensor = files.read([key])[key]
-        if (tuple(tensor.shape), dtype_name(tensor.dtype)) != (cut.shape, cut.dtype):
-            raise ValueError(f"{key} of {checkpoint} is {dtype_name(tensor.dtype)} {list(tensor.shape)}; {file} has slices "
-                             f"of {cut.dtype} {list(cut.shape)}")
-        update.check_replaces(key, cut.take(tensor), str(checkpoint))
+        if TensorInfo.of(tensor) != cut.info:
+            raise ValueError(f"{key} of {checkpoint} is {TensorInfo.of(tensor)}; {file} has slices of {cut.info}")
+        if digest(cut.take(tensor)) != update.replaces[key]:
+            raise ValueError(f"the slices of {key} in {checkpoint} are not those that this update replaces")
     _write_folder(checkpoint, update, out, None, spent=file if originals is None else None)
 
 
@@ -170,8 +180,8 @@ def _write_folder(checkpoint: Path, update: SparseUpdate, out: str | os.PathLike
     if others := sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*")
                         if file.suffix in (".safetensors", ".gguf", *PICKLES) and file.name not in used
                         and KEPT not in file.parts and not file.name.startswith(STATE)):
-        warnings.warn(f"{checkpoint} also holds {first_of(others)}, copied as it is: if those are weights of the model, "
-                      "they are without the patch", stacklevel=3)
+        warnings.warn(f"{checkpoint} also holds {first_of(others)}, copied as it is: if those are weights of the "
+                      "model, they are without the patch", stacklevel=3)
     with new_folder(out) as folder:
         try:
             shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
@@ -206,7 +216,8 @@ def _patch_file(file: Path, slices: Mapping[str, tuple[TensorSlice, Tensor]]) ->
         for key, (cut, values) in slices.items():
             start, stop = header[key]["data_offsets"]
             raw_file.seek(8 + size + start)
-            tensor = torch.frombuffer(bytearray(raw_file.read(stop - start)), dtype=getattr(torch, cut.dtype)).view(cut.shape)
+            data = bytearray(raw_file.read(stop - start))
+            tensor = torch.frombuffer(data, dtype=getattr(torch, cut.dtype)).view(cut.shape)
             cut.put(values, tensor)
             raw_file.seek(8 + size + start)
             raw_file.write(raw(tensor))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..tensors import Ranges, merge
+from ..tensors import Ranges, intersect
 from .patch import HeadPatch
-from .slices_file import TensorSlice
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,20 @@ class PatchDiff:
         first, second = self.names
         lines = ["the two are the same" if self.equal else "the two differ",
                  "of one base" if self.same_base else "of different bases",
-                 f"heads in both {len(self.both)}, in {first} alone {len(self.only_first)}, in {second} alone {len(self.only_second)}"]
+                 f"heads in both {len(self.both)}, in {first} alone {len(self.only_first)}, "
+                 f"in {second} alone {len(self.only_second)}"]
         numel, differing = (sum(getattr(part, key) for part in self.shared) for key in ("numel", "differing"))
         lines.append(f"{numel:,} values are in both, {differing:,} of them differ" if self.shared else
                      "they share no slice: both can be on a model at once")
         lines += [f"  {part.tensor} {'columns' if part.dim else 'rows'} {[list(span) for span in part.ranges]}: "
-                  f"{part.differing:,} of {part.numel:,} differ, by {part.largest:.3g} at most" for part in self.shared if part.differing]
+                  f"{part.differing:,} of {part.numel:,} differ, by {part.largest:.3g} at most"
+                  for part in self.shared if part.differing]
         return "\n".join(lines)
 
 
 def diff_patches(first: HeadPatch, second: HeadPatch) -> PatchDiff:
     """Compare two patches: base, heads, and the values of slices that both hold."""
-    shared = [part for name in first.cuts if name in second.cuts if (part := _shared(name, first, second)) is not None]
+    shared = list(_shared(first, second))
     same_base = _same_base(first, second)
     equal = (same_base and first.selection == second.selection and first.cuts == second.cuts
              and not any(part.differing for part in shared))
@@ -72,30 +74,26 @@ def _same_base(first: HeadPatch, second: HeadPatch) -> bool:
     """By the digests of whole bases where both are known, else of what neither patch cuts."""
     if None not in (first.base_fingerprint, second.base_fingerprint):
         return first.base_fingerprint == second.base_fingerprint
-    whole = [{name: known for name, known in patch.outside.items() if name not in first.cuts and name not in second.cuts}
-             for patch in (first, second)]
-    return whole[0] == whole[1] and first.outside.keys() == second.outside.keys()
+    uncut = first.outside.keys() - first.cuts.keys() - second.cuts.keys()
+    return (first.outside.keys() == second.outside.keys()
+            and all(first.outside[name] == second.outside[name] for name in uncut))
 
 
-def _shared(name: str, first: HeadPatch, second: HeadPatch) -> SharedSlices | None:
-    a, b = first.cuts[name], second.cuts[name]
-    if (a.shape, a.dtype, a.dim) != (b.shape, b.dtype, b.dim):
-        return None
-    ranges = merge((max(x[0], y[0]), min(x[1], y[1])) for x in a.ranges for y in b.ranges)
-    if not ranges:
-        return None
-    ours, theirs = (_only(cut, ranges, values) for cut, values in ((a, first.values[name]), (b, second.values[name])))
-    size = ours.element_size()
-    bytes_differ = (ours.view(torch.uint8) != theirs.view(torch.uint8)).view(*ours.shape, size).any(-1)
-    gap = (ours.double() - theirs.double())[bytes_differ].abs()
-    return SharedSlices(name, a.dim, ranges, ours.numel(), int(bytes_differ.sum()), gap.max().item() if gap.numel() else 0.0)
+def _shared(first: HeadPatch, second: HeadPatch) -> Iterator[SharedSlices]:
+    for name in (name for name in first.cuts if name in second.cuts):
+        a, b = first.cuts[name], second.cuts[name]
+        both = replace(a, ranges=intersect(a.ranges, b.ranges))
+        if (a.info, a.dim) != (b.info, b.dim) or not both.ranges:
+            continue
+        ours, theirs = (both.take(_spread(patch, name)) for patch in (first, second))
+        differ = (ours.view(torch.uint8) != theirs.view(torch.uint8)).view(*ours.shape, ours.element_size()).any(-1)
+        gap = (ours.double() - theirs.double())[differ].abs()
+        largest = gap.max().item() if gap.numel() else 0.0
+        yield SharedSlices(name, a.dim, both.ranges, ours.numel(), int(differ.sum()), largest)
 
 
-def _only(cut: TensorSlice, ranges: Ranges, values: Tensor) -> Tensor:
-    """Of the values of a cut those in `ranges`."""
-    at, parts = 0, []
-    for start, stop in cut.ranges:
-        parts += [values.narrow(cut.dim, at + max(start, a) - start, min(stop, b) - max(start, a))
-                  for a, b in ranges if max(start, a) < min(stop, b)]
-        at += stop - start
-    return torch.cat(parts, cut.dim).contiguous()
+def _spread(patch: HeadPatch, name: str) -> Tensor:
+    """A whole parameter in which only the patch's slices are set."""
+    whole = patch.values[name].new_empty(patch.cuts[name].shape)
+    patch.cuts[name].put(patch.values[name], whole)
+    return whole

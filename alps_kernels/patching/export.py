@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tensors import new_folder, write_json
-from .checkpoint import CheckpointSource, apply_to_checkpoint, sparse_updates
-from .make import check_fits
-from .patch import HeadPatch
-from .slices_file import TensorSlice, save_tensors
-from .source import ModelSource, Source, canonical
+from ..tensors import new_folder, save_tensors, write_json
+from ..weights import Weights, canonical
+from .checkpoint import apply_to_checkpoint, sparse_updates
+from .fit import check_fits, whole_weights
+from .patch import HeadPatch, PatchLike, loaded, several
+from .slices_file import TensorSlice
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class LoraExport:
     def __str__(self) -> str:
         ranks = sorted({module.rank for module in self.modules.values()})
         exact = sum(module.exact for module in self.modules.values())
-        return (f"LoRA of {len(self.modules)} modules, rank {' '.join(map(str, ranks)) or '-'}, {self.nbytes:,} bytes; "
-                f"{exact} exact, largest relative error {self.error:.3g}")
+        return (f"LoRA of {len(self.modules)} modules, rank {' '.join(map(str, ranks)) or '-'}, "
+                f"{self.nbytes:,} bytes; {exact} exact, largest relative error {self.error:.3g}")
 
 
-def export_lora(patch: HeadPatch | str | os.PathLike, base: nn.Module | str | os.PathLike, folder: str | os.PathLike, *,
+def export_lora(patch: PatchLike, base: nn.Module | str | os.PathLike, folder: str | os.PathLike, *,
                 rank: int | None = None, config: Any = None) -> LoraExport:
     """Write the patch as a PEFT LoRA adapter of `base`.
 
@@ -78,43 +78,41 @@ def export_lora(patch: HeadPatch | str | os.PathLike, base: nn.Module | str | os
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is {rank!r}; expected a whole number from 1")
-    patch = _loaded(patch)
-    source = ModelSource(base) if isinstance(base, nn.Module) else CheckpointSource(base, config)
-    check_fits(patch, source)
-    weights, biases = _by_module(patch, source)
+    patch, weights = loaded(patch), whole_weights(base, config)
+    check_fits(patch, weights)
+    matrices, biases = _by_module(patch, weights)
     tensors, modules = {}, {}
-    for name, key in weights.items():
-        b, a, modules[name] = _factors(patch, source, key, rank)
-        if _transposed(source, name):
+    for name, key in matrices.items():
+        b, a, modules[name] = _factors(patch, weights, key, rank)
+        if _is_conv1d(_module(weights, name)):
             b, a = a.t(), b.t()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
         if biases:
             bias = torch.zeros(b.shape[0])
             if name in biases:
-                _delta(patch, source, biases[name], bias)
+                patch.cuts[biases[name]].put(_delta(patch, weights, biases[name]), bias)
             tensors[f"base_model.model.{name}.lora_B.bias"] = bias
-    described = _adapter_config(source, modules, bool(biases))
-    said = {"patch": patch.name, "fingerprint": patch.fingerprint, "modules": {name: vars(made) for name, made in modules.items()}}
+    described = _adapter_config(weights, modules, bool(biases))
+    said = json.dumps({"patch": patch.name, "fingerprint": patch.fingerprint,
+                       "modules": {name: vars(made) for name, made in modules.items()}})
     with new_folder(folder) as temporary:
-        save_tensors(tensors, temporary / "adapter_model.safetensors", {"format": "pt", "alps_kernels.lora": json.dumps(said)})
+        save_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt", "alps_kernels.lora": said})
         write_json(temporary / "adapter_config.json", described)
     return LoraExport(modules, sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def export_merged(patches: HeadPatch | str | os.PathLike | Sequence[HeadPatch | str | os.PathLike],
-                  base: str | os.PathLike, folder: str | os.PathLike, *, keep_originals: bool = False,
-                  config: Any = None) -> None:
+def export_merged(patches: PatchLike | Sequence[PatchLike], base: str | os.PathLike, folder: str | os.PathLike, *,
+                  keep_originals: bool = False, config: Any = None) -> None:
     """Write the base's checkpoint folder with the patches in it: exact, every other byte copied.
 
-    Raises: as `patch_checkpoint.apply_to_checkpoint`.
+    Raises: as `apply_to_checkpoint`.
     """
-    several = [patches] if isinstance(patches, (str, os.PathLike, HeadPatch)) else patches
-    apply_to_checkpoint(base, [_loaded(patch) for patch in several], folder, keep_originals=keep_originals,
+    apply_to_checkpoint(base, [loaded(patch) for patch in several(patches)], folder, keep_originals=keep_originals,
                         config=config)
 
 
-def export_sparse(patch: HeadPatch | str | os.PathLike, base: str | os.PathLike, folder: str | os.PathLike, *,
+def export_sparse(patch: PatchLike, base: str | os.PathLike, folder: str | os.PathLike, *,
                   config: Any = None) -> dict[str, Any]:
     """Write the patch as an update of the base's checkpoint, by the names of its tensors.
 
@@ -129,70 +127,56 @@ def export_sparse(patch: HeadPatch | str | os.PathLike, base: str | os.PathLike,
         ValueError: the patch does not fit, or transformers converts a tensor while loading.
         FileExistsError: the folder is there already.
     """
-    patch, source = _loaded(patch), CheckpointSource(base, config)
-    check_fits(patch, source)
-    update, _ = sparse_updates(source, [patch])
+    patch, weights = loaded(patch), whole_weights(base, config)
+    check_fits(patch, weights)
+    update, _ = sparse_updates(weights, [patch])
     with new_folder(folder) as temporary:
-        update.save(temporary / "sparse_update.safetensors")
-        write_json(temporary / "sparse_update.index.json", update.index())
-    return update.index()
+        index = update.save(temporary / "sparse_update.safetensors")
+        write_json(temporary / "sparse_update.index.json", index)
+    return index
 
 
-def _loaded(patch: HeadPatch | str | os.PathLike) -> HeadPatch:
-    return patch if isinstance(patch, HeadPatch) else HeadPatch.load(patch)
-
-
-def _model(source: Source) -> nn.Module:
-    return source.model if isinstance(source, ModelSource) else source.weights.model
-
-
-def _module(source: Source, name: str) -> nn.Module:
-    return next(module for key, module in _model(source).named_modules() if canonical(key) == name)
-
-
-def _transposed(source: Source, name: str) -> bool:
-    """The projection stores its weight [in, out] (transformers' Conv1D)."""
-    return _is_conv1d(_module(source, name))
+def _module(weights: Weights, name: str) -> nn.Module:
+    return next(module for key, module in weights.model.named_modules() if canonical(key) == name)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
+    """The projection is transformers' Conv1D, which stores its weight [in, out]."""
     return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
 
 
-def _by_module(patch: HeadPatch, source: Source) -> tuple[dict[str, str], dict[str, str]]:
+def _by_module(patch: HeadPatch, weights: Weights) -> tuple[dict[str, str], dict[str, str]]:
     """The patch's weights and biases by module.
 
     Raises:
         ValueError: one is neither of a Linear nor of a Conv1D.
     """
-    weights, biases = {}, {}
+    matrices, biases = {}, {}
     for key in patch.cuts:
         name, _, kind = key.rpartition(".")
-        module = _module(source, name)
+        module = _module(weights, name)
         if kind not in ("weight", "bias") or not (isinstance(module, nn.Linear) or _is_conv1d(module)):
-            raise ValueError(f"{key} of patch {patch.name!r} is held by a {type(module).__name__}, for which PEFT's LoRA has "
-                             "no form; export it merged instead")
-        (weights if kind == "weight" else biases)[name] = key
-    if not weights:
+            raise ValueError(f"{key} of patch {patch.name!r} is held by a {type(module).__name__}, for which PEFT's "
+                             "LoRA has no form; export it merged instead")
+        (matrices if kind == "weight" else biases)[name] = key
+    if not matrices:
         raise ValueError(f"patch {patch.name!r} holds no weights, so there is no LoRA of it")
-    if lone := sorted(set(biases) - set(weights)):
-        raise ValueError(f"patch {patch.name!r} changes the bias of {lone[0]} and not its weight, for which LoRA has no form")
-    return weights, biases
+    if lone := sorted(set(biases) - set(matrices)):
+        raise ValueError(f"patch {patch.name!r} changes the bias of {lone[0]} and not its weight, "
+                         "for which LoRA has no form")
+    return matrices, biases
 
 
-def _delta(patch: HeadPatch, source: Source, key: str, out: Tensor) -> Tensor:
-    """Tuned minus base, float32, written to the patch's places in `out`, else only given."""
-    cut = patch.cuts[key]
-    delta = patch.values[key].cpu().double().sub_(cut.take(source.read(key)).cpu().double()).float()
-    if out is not None:
-        cut.put(delta, out)
-    return delta
+def _delta(patch: HeadPatch, weights: Weights, key: str) -> Tensor:
+    """Tuned minus base, float32."""
+    base = patch.cuts[key].take(weights.read([key])[key]).cpu().double()
+    return patch.values[key].cpu().double().sub_(base).float()
 
 
-def _factors(patch: HeadPatch, source: Source, key: str, rank: int | None) -> tuple[Tensor, Tensor, LoraModule]:
+def _factors(patch: HeadPatch, weights: Weights, key: str, rank: int | None) -> tuple[Tensor, Tensor, LoraModule]:
     """Left and right factors of one weight's difference, in the orientation in which it is stored."""
     cut: TensorSlice = patch.cuts[key]
-    delta = _delta(patch, source, key, None)
+    delta = _delta(patch, weights, key)
     if not bool(delta.isfinite().all()):
         raise ValueError(f"{key}: the patch or its base holds values that are not finite")
     places = torch.cat([torch.arange(start, stop) for start, stop in cut.ranges])
@@ -213,17 +197,18 @@ def _factors(patch: HeadPatch, source: Source, key: str, rank: int | None) -> tu
     return (spread, far, made) if cut.dim == 0 else (far.t(), spread.t(), made)
 
 
-def _adapter_config(source: Source, modules: dict[str, LoraModule], biased: bool) -> dict[str, Any]:
+def _adapter_config(weights: Weights, modules: dict[str, LoraModule], biased: bool) -> dict[str, Any]:
     ranks = {re.escape(name): module.rank for name, module in modules.items()}
     largest = max(ranks.values())
-    kind = source.architecture
+    kind, config = type(weights.model).__name__, getattr(weights.model, "config", None)
     task = ("SEQ_2_SEQ_LM" if "ConditionalGeneration" in kind or "Seq2Seq" in kind else
             "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None)
     return {
         "peft_type": "LORA", "task_type": task, "inference_mode": True,
-        "base_model_name_or_path": getattr(getattr(_model(source), "config", None), "name_or_path", "") or str(getattr(source, "path", "")) or None,
+        "base_model_name_or_path": getattr(config, "name_or_path", "") or str(getattr(weights, "path", "")) or None,
         "r": largest, "lora_alpha": largest, "rank_pattern": ranks, "alpha_pattern": ranks,
-        "target_modules": sorted(modules), "fan_in_fan_out": any(_transposed(source, name) for name in modules),
+        "target_modules": sorted(modules),
+        "fan_in_fan_out": any(_is_conv1d(_module(weights, name)) for name in modules),
         "bias": "none", "lora_bias": biased, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,
         "init_lora_weights": True, "modules_to_save": None,
     }

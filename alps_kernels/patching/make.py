@@ -1,36 +1,65 @@
-"""Making a head patch from two models, or one, and checking that one fits a model."""
+"""Making a head patch: from a tuned model in memory, or from two sets of weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..selection import HeadSelection, selected_ranges
-from ..tensors import merge
+from ..selection import BoundSelection, HeadSelection, remembered
+from ..tensors import check_type, first_of
+from ..weights import Weights, unwrap_model
+from .fit import cuts_of, whole_weights
 from .patch import HeadPatch, Outside
 from .slices_file import TensorSlice, digest, in_threads
-from .source import Source, canonical, first_of
 
 
-def cuts_of(selection: HeadSelection, source: Source) -> dict[str, TensorSlice]:
-    """What `selection` means on a model, by parameter.
+def save_patch(model: nn.Module, path: str | os.PathLike, heads: HeadSelection | BoundSelection | None = None, *,
+               base: nn.Module | str | os.PathLike | None = None,
+               provenance: dict[str, Any] | None = None) -> HeadPatch:
+    """Write the selected slices of `model`, and what tells the base they belong to, to one file.
+
+    The bytes outside the slices are the same before and after training the heads, so digests of
+    them tell the base; nothing else of the model is written.
+
+    Args:
+        path: the file, safetensors; written atomically.
+        heads: what to write; default: what was last frozen, sliced or patched on this model.
+        base: the model before it was tuned, or its checkpoint folder: the bytes outside the
+            selection are then compared here, and those inside too before the patch is applied.
+        provenance: anything JSON to keep in the file.
+
+    Returns:
+        the patch that was written.
 
     Raises:
-        ValueError: the model has other heads than the selection was made for.
+        ValueError: it is not known which heads; something else was trained too; the model
+            differs from `base` outside the selection. Nothing is written.
+        LayoutError: the model's heads cannot be located, or adapters are beside its weights.
+        OSError: the file cannot be written; what was there is untouched.
     """
-    cuts = {}
-    for name, (dim, ranges) in selected_ranges(selection, source.layout).items():
-        if canonical(name) in source.names:
-            cuts[canonical(name)] = TensorSlice(*source.facts(canonical(name)), dim, ranges)
-        else:
-            raise ValueError(f"{source.name} has no parameter {name}, which its heads are in")
-    return cuts
+    inner = unwrap_model(model)
+    known = remembered(model) or remembered(inner)
+    if heads is None:
+        if known is None:
+            raise ValueError("nothing says which heads were trained of this model: give heads=")
+        heads, rest = known
+        if rest == "trainable":
+            raise ValueError("everything but the other heads was trained of this model (rest='trainable'), which a "
+                             "head patch cannot hold; give heads= to write those slices alone")
+    selection = heads.selection if isinstance(heads, BoundSelection) else heads
+    check_type("heads", selection, HeadSelection, "a HeadSelection")
+    patch = make_patch(whole_weights(inner), selection, base=None if base is None else whole_weights(base),
+                       name=Path(path).stem, provenance=provenance)
+    patch.save(path)
+    return patch
 
 
-def make_patch(tuned: Source, selection: HeadSelection, *, base: Source | None = None, name: str = "patch",
+def make_patch(tuned: Weights, selection: HeadSelection, *, base: Weights | None = None, name: str = "patch",
                provenance: dict[str, Any] | None = None, allow_outside_changes: bool = False) -> HeadPatch:
     """The slices of `selection` out of `tuned`, and what tells the base they belong to.
 
@@ -43,8 +72,7 @@ def make_patch(tuned: Source, selection: HeadSelection, *, base: Source | None =
     Raises:
         ValueError: the two are not one model with other slices; it names the parameter.
     """
-    if provenance is not None and not isinstance(provenance, dict):
-        raise TypeError(f"provenance is a {type(provenance).__name__}; expected a dict")
+    check_type("provenance", provenance, (dict, type(None)), "a dict")
     try:
         json.dumps(provenance, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -52,112 +80,39 @@ def make_patch(tuned: Source, selection: HeadSelection, *, base: Source | None =
     cuts = cuts_of(selection, tuned)
     if base is not None:
         _check_same_model(base, tuned, cuts_of(selection, base), cuts)
-    read = in_threads(lambda key: _read(key, cuts.get(key), tuned, base), tuned.names)
-    if moved := [key for key, (ours, theirs, *_) in read.items() if base is not None and ours != theirs]:
+    models = (tuned,) if base is None else (tuned, base)
+    read = in_threads(lambda key: _read(key, cuts.get(key), models), tuned.names)
+    if moved := [key for key, (digests, *_) in read.items() if len(set(digests)) > 1]:
         if not allow_outside_changes:
             raise ValueError(f"{tuned.name} differs from {base.name} outside the selected slices: {first_of(moved)}; "
                              "a head patch of it would not be the tuned model")
         provenance = {**(provenance or {}), "left_out": moved}
-    source = base if base is not None else tuned
-    outside = {key: Outside(*source.facts(key), theirs if base is not None else ours)
-               for key, (ours, theirs, *_) in read.items()}
-    return HeadPatch(name, selection, cuts, {key: read[key][3] for key in cuts}, outside,
-                     None if base is None else {key: read[key][2] for key in cuts},
-                     source.model_type, source.architecture, provenance)
+    origin = models[-1]
+    outside = {key: Outside(origin.info(key), digests[-1]) for key, (digests, *_) in read.items()}
+    return HeadPatch(name, selection, cuts, {key: read[key][2] for key in cuts}, outside,
+                     None if base is None else {key: read[key][1] for key in cuts},
+                     origin.layout.model_type, type(origin.model).__name__, provenance)
 
 
-def _read(name: str, cut: TensorSlice | None, tuned: Source, base: Source | None) -> tuple[str, str | None, str | None, Tensor | None]:
-    """Digests of one parameter: outside in `tuned` and `base`, all of it in `base`; the tuned slices."""
-    ours = tuned.read(name)
-    theirs = None if base is None else base.read(name)
+def _read(name: str, cut: TensorSlice | None,
+          models: Sequence[Weights]) -> tuple[list[str], str | None, Tensor | None]:
+    """Of one parameter digests of what `cut` leaves in each model and of all of it in the base; the tuned slices."""
+    tensors = [weights.read([name])[name] for weights in models]
+    digests = [digest(*([tensor] if cut is None else cut.rest(tensor))) for tensor in tensors]
     if cut is None:
-        return digest(ours), None if theirs is None else digest(theirs), None, None
-    values = cut.take(ours).cpu()
-    if theirs is None:
-        return digest(*cut.rest(ours)), None, None, values
-    return digest(*cut.rest(ours)), digest(*cut.rest(theirs)), digest(theirs), values
+        return digests, None, None
+    return digests, digest(tensors[1]) if tensors[1:] else None, cut.take(tensors[0]).cpu()
 
 
-def _check_same_model(base: Source, tuned: Source, ours: dict[str, TensorSlice], theirs: dict[str, TensorSlice]) -> None:
-    if base.model_type != tuned.model_type:
-        raise ValueError(f"{base.name} is a {base.model_type} and {tuned.name} a {tuned.model_type}")
+def _check_same_model(base: Weights, tuned: Weights, ours: dict[str, TensorSlice],
+                      theirs: dict[str, TensorSlice]) -> None:
+    if base.layout.model_type != tuned.layout.model_type:
+        raise ValueError(f"{base.name} is a {base.layout.model_type} and {tuned.name} a {tuned.layout.model_type}")
     if odd := sorted(set(base.names) ^ set(tuned.names)):
         one, other = (base, tuned) if odd[0] in base.names else (tuned, base)
         raise ValueError(f"{one.name} has {odd[0]} and {other.name} has not: they are not one model")
     for name in base.names:
-        if base.facts(name) != tuned.facts(name):
-            raise ValueError(f"{name} is {_said(base.facts(name))} in {base.name} and {_said(tuned.facts(name))} in {tuned.name}")
+        if base.info(name) != tuned.info(name):
+            raise ValueError(f"{name} is {base.info(name)} in {base.name} and {tuned.info(name)} in {tuned.name}")
     if ours != theirs:
         raise ValueError(f"the heads of {base.name} and {tuned.name} lie differently in their weights")
-
-
-def check_fits(patch: HeadPatch, source: Source, *, original: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
-               verify: bool = True) -> None:
-    """The patch belongs to this very model.
-
-    Args:
-        original: gives a parameter with its bytes as they were before other patches.
-        verify: compare the digests of all bytes; False: names, shapes, dtypes and heads only.
-
-    Raises:
-        ValueError: it does not; the message names the patch, the parameter and the difference.
-    """
-    def refuse(what: str) -> None:
-        raise ValueError(f"patch {patch.name!r} does not fit {source.name}: {what}")
-
-    if patch.model_type != source.model_type:
-        refuse(f"it is of a {patch.model_type}, this is a {source.model_type}")
-    if odd := sorted(set(patch.outside) ^ set(source.names)):
-        refuse(f"{odd[0]} is a parameter of " + ("the base only" if odd[0] in patch.outside else "this model only"))
-    for name, known in patch.outside.items():
-        if (known.shape, known.dtype) != source.facts(name):
-            refuse(f"{name} is {_said((known.shape, known.dtype))} there and {_said(source.facts(name))} here"
-                   + ("; slices of another dtype would not be exact" if known.shape == source.facts(name)[0] else ""))
-    if patch.selection.heads_per_layer != source.layout.heads_per_layer:
-        refuse(f"its selection is of {sum(patch.selection.heads_per_layer)} heads, this model has {source.layout.n_heads}")
-    cuts = cuts_of(patch.selection, source)
-    for name in sorted({*cuts, *patch.cuts}):
-        if cuts.get(name) != patch.cuts.get(name):
-            refuse(f"its heads {_where(cuts.get(name))} of {name} here, and it holds {_where(patch.cuts.get(name))}")
-    if not verify:
-        return
-
-    def differs(name: str) -> str | None:
-        tensor, cut = source.read(name), patch.cuts.get(name)
-        tensor = original(name, tensor)
-        if cut is not None and patch.base is not None and digest(tensor) == patch.base[name]:
-            return None
-        if digest(*([tensor] if cut is None else cut.rest(tensor))) != patch.outside[name].digest:
-            return "outside"
-        return "inside" if cut is not None and patch.base is not None else None
-
-    found = in_threads(differs, patch.outside)
-    for place, said in (("outside", "is not the base's outside the patched slices"),
-                        ("inside", "is not the base's where the patch would go (trained, or patched already?)")):
-        if names := [name for name, where in found.items() if where == place]:
-            refuse(f"{first_of(names)} {said}")
-
-
-def check_apart(source: Source, one: HeadPatch, other: HeadPatch) -> None:
-    """Raises ValueError where two patches change the same slices; the first one and its heads are named."""
-    for name in (name for name in one.cuts if name in other.cuts):
-        a, b = one.cuts[name], other.cuts[name]
-        shared = merge((max(x[0], y[0]), min(x[1], y[1])) for x in a.ranges for y in b.ranges)
-        if a.dim == b.dim and not shared:
-            continue
-        layer = next(layer for layer in source.layout.layers
-                     if any(part.param == name for unit in (*layer.heads, *layer.groups) for part in unit))
-        mine, theirs = (sorted(head for at, head in patch.selection if at == layer.index) for patch in (one, other))
-        both = sorted(set(one.selection) & set(other.selection))
-        what = (f"both hold head {both[0]}" if both else
-                f"heads {theirs} and {mine} of layer {layer.index} share key/value groups")
-        raise ValueError(f"patch {other.name!r} overlaps with {one.name!r}: {what} "
-                         f"({'columns' if a.dim else 'rows'} {list(shared[0]) if shared else '?'} of {name})")
-
-
-def _said(facts: tuple[tuple[int, ...], str]) -> str:
-    return f"{facts[1]} {list(facts[0])}"
-
-
-def _where(cut: TensorSlice | None) -> str:
-    return "nothing" if cut is None else f"{'columns' if cut.dim else 'rows'} {[list(span) for span in cut.ranges]}"

@@ -1,20 +1,22 @@
-"""A head patch as a thing of its own: what it holds, reading it, writing it."""
+"""`HeadPatch`: the tuned slices of some heads in memory, and reading and writing their file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch import Tensor
 
 from ..selection import HeadSelection
-from .slices_file import TensorSlice, read_digest, read_dtype, read_shape, read_slices, write_slices
+from ..tensors import check_type
+from ..weights import TensorInfo
+from .slices_file import TensorSlice, read_digest, read_info, read_slices, write_slices
 
 FORMAT = "alps_kernels.patch"
 
@@ -23,8 +25,7 @@ FORMAT = "alps_kernels.patch"
 class Outside:
     """One parameter of the base: what it is, and the SHA-256 of what the patch leaves of it."""
 
-    shape: tuple[int, ...]
-    dtype: str
+    info: TensorInfo
     digest: str
 
 
@@ -83,7 +84,7 @@ class HeadPatch:
 
     def to(self, device: torch.device | str) -> HeadPatch:
         """The same patch with its values on `device`: ready for swapping without a transfer."""
-        return HeadPatch(**{**vars(self), "values": {name: v.to(device) for name, v in self.values.items()}})
+        return replace(self, values={name: v.to(device) for name, v in self.values.items()})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the patch atomically.
@@ -96,8 +97,8 @@ class HeadPatch:
             "model_type": self.model_type, "architecture": self.architecture,
             "fingerprint": self.fingerprint, "base_fingerprint": self.base_fingerprint,
             "selection": self.selection.to_json(), "provenance": self.provenance,
-            "outside": {name: [list(known.shape), known.dtype, known.digest] for name, known in self.outside.items()},
-        }, self.cuts, self.values, None if self.base is None else {name: {"base": d} for name, d in self.base.items()})
+            "outside": {name: [*known.info, known.digest] for name, known in self.outside.items()},
+        }, self.cuts, self.values, base=self.base or {})
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, name: str | None = None) -> HeadPatch:
@@ -110,42 +111,35 @@ class HeadPatch:
             FileNotFoundError: there is no such file.
             ValueError: it is torn, foreign or contradicts itself; the message names the file.
         """
-        document, cuts, values = read_slices(path, FORMAT)
-        try:
-            return cls._from_document(Path(path).stem if name is None else name, document, cuts, values)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} is not a valid {FORMAT} file: {error}") from error
-
-    @classmethod
-    def _from_document(cls, name: str, document: Mapping[str, Any], cuts: dict[str, TensorSlice],
-                       values: dict[str, Tensor]) -> HeadPatch:
-        for key in ("model_type", "architecture"):
-            if not isinstance(document.get(key), str):
-                raise ValueError(f"its {key} is {document.get(key)!r}")
-        provenance = document.get("provenance")
-        if provenance is not None and not isinstance(provenance, dict):
-            raise ValueError("its provenance is not an object")
-        outside = _read_outside(document.get("outside"))
-        for key, cut in cuts.items():
-            known = outside.get(key)
-            if known is None or (known.shape, known.dtype) != (cut.shape, cut.dtype):
-                raise ValueError(f"{key} is {cut.dtype} {list(cut.shape)} where it is cut, "
-                                 + (f"{known.dtype} {list(known.shape)} in" if known else "not in") + " the base")
-        base = {key: read_digest(entry["base"]) for key, entry in document["tensors"].items() if "base" in entry}
-        if base and set(base) != set(cuts):
-            raise ValueError(f"it has digests of the base for {len(base)} of {len(cuts)} tensors")
-        known_base = bool(base) or (not cuts and document.get("base_fingerprint") is not None)
-        patch = cls(name, HeadSelection.from_json(document.get("selection")), cuts, values, outside,
-                    base if known_base else None, document["model_type"], document["architecture"], provenance)
-        for key in ("fingerprint", "base_fingerprint"):
-            if document.get(key) != getattr(patch, key):
-                raise ValueError(f"its {key} is not that of the parameters it lists")
-        return patch
+        with read_slices(path, FORMAT) as (document, cuts, values):
+            for key in ("model_type", "architecture"):
+                if not isinstance(document.get(key), str):
+                    raise ValueError(f"its {key} is {document.get(key)!r}")
+            provenance = document.get("provenance")
+            if provenance is not None and not isinstance(provenance, dict):
+                raise ValueError("its provenance is not an object")
+            outside = _read_outside(document.get("outside"))
+            for key, cut in cuts.items():
+                known = outside[key].info if key in outside else None
+                if known != cut.info:
+                    raise ValueError(f"{key} is {cut.info} where it is cut, "
+                                     + (f"{known} in" if known else "not in") + " the base")
+            base = {key: read_digest(entry["base"]) for key, entry in document["tensors"].items() if "base" in entry}
+            if base and set(base) != set(cuts):
+                raise ValueError(f"it has digests of the base for {len(base)} of {len(cuts)} tensors")
+            known_base = bool(base) or (not cuts and document.get("base_fingerprint") is not None)
+            patch = cls(Path(path).stem if name is None else name, HeadSelection.from_json(document.get("selection")),
+                        cuts, values, outside, base if known_base else None, document["model_type"],
+                        document["architecture"], provenance)
+            for key in ("fingerprint", "base_fingerprint"):
+                if document.get(key) != getattr(patch, key):
+                    raise ValueError(f"its {key} is not that of the parameters it lists")
+            return patch
 
     def __str__(self) -> str:
         heads, total = len(self.selection), sum(self.selection.heads_per_layer)
-        return (f"{self.name}: {heads} of {total} heads of a {self.architecture}, {self.numel:,} {'/'.join(self.dtypes)} "
-                f"values in {len(self.cuts)} tensors, {self.nbytes:,} bytes")
+        return (f"{self.name}: {heads} of {total} heads of a {self.architecture}, {self.numel:,} "
+                f"{'/'.join(self.dtypes)} values in {len(self.cuts)} tensors, {self.nbytes:,} bytes")
 
 
 def _read_outside(entries: Any) -> dict[str, Outside]:
@@ -156,12 +150,28 @@ def _read_outside(entries: Any) -> dict[str, Outside]:
         if not isinstance(entry, list) or len(entry) != 3:
             raise ValueError(f"what it says of {name!r} of the base is not shape, dtype and digest")
         try:
-            found[name] = Outside(read_shape(entry[0]), read_dtype(entry[1]), read_digest(entry[2]))
+            found[name] = Outside(read_info(*entry[:2]), read_digest(entry[2]))
         except ValueError as error:
             raise ValueError(f"{name!r} of the base: {error}") from error
     return found
 
 
 def _combined(outside: Mapping[str, Outside], whole: Mapping[str, str]) -> str:
-    rows = [[name, list(known.shape), known.dtype, whole.get(name, known.digest)] for name, known in sorted(outside.items())]
+    rows = [[name, *known.info, whole.get(name, known.digest)] for name, known in sorted(outside.items())]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+PatchLike = Union[str, os.PathLike, HeadPatch]
+
+
+def loaded(patch: PatchLike) -> HeadPatch:
+    """The patch itself, or the one in a file."""
+    return patch if isinstance(patch, HeadPatch) else HeadPatch.load(patch)
+
+
+def several(patches: PatchLike | Sequence[PatchLike]) -> list[PatchLike]:
+    """One patch or several, as a list; whatever else is given is a TypeError."""
+    found = list(patches) if isinstance(patches, (list, tuple)) else [patches]
+    for patch in found:
+        check_type("a patch", patch, (str, os.PathLike, HeadPatch), "a file or a HeadPatch")
+    return found

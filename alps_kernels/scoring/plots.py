@@ -1,4 +1,4 @@
-"""Pictures of scores and of training, for screen and black-and-white print; needs matplotlib."""
+"""Plots of scores and of training, for screen and black-and-white print; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from ..tensors import write_atomic
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..selection import HeadSelection
-    from .scores import HeadScores
+from ..selection import HeadSelection
+from ..tensors import check_choice, write_atomic
 
 KINDS = ("heatmap", "histogram", "overlap")
 WIDE = 50  # a spread of scores beyond this factor is shown on a logarithmic scale
@@ -21,19 +20,46 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
 
 
-def heat_map(scores: HeadScores, path: str | os.PathLike, heads: HeadSelection | None = None) -> None:
-    """Write layer x head, coloured by score, to `path`; its suffix says in which format.
+class Scores(Protocol):
+    """What is drawn of `HeadScores`, which see."""
+
+    tensor: Tensor
+    metric: str
+    representation: str
+    layers: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]
+    heads_per_layer: tuple[int, ...]
+    provenance: dict[str, Any] | None
+    title: str
+
+    def matrix(self) -> Tensor: ...
+    def ranking(self) -> list[tuple[int, int]]: ...
+    def compare(self, other: Any, ratio: float) -> Any: ...
+
+
+def plot_scores(scores: Scores, path: str | os.PathLike, heads: HeadSelection | None, kind: str, other: Scores | None,
+                ratio: float) -> None:
+    """See `HeadScores.plot`."""
+    check_choice("kind", kind, KINDS)
+    if (kind == "overlap") != (other is not None):
+        raise ValueError("kind='overlap' draws these scores and other: give both or neither")
+    if heads is not None and other is None and heads.heads_per_layer != scores.heads_per_layer:
+        raise ValueError(f"the heads are of a model with {list(heads.heads_per_layer)} heads per layer, "
+                         f"the scores of one with {list(scores.heads_per_layer)}")
+    if not scores.heads:
+        raise ValueError("no head was scored, so there is nothing to draw")
+    if other is not None:
+        figure = _overlap(scores, other, ratio)
+    else:
+        figure = (_histogram if kind == "histogram" else _heat_map)(scores, heads)
+    save_figure(figure, path)
+
+
+def _heat_map(scores: Scores, heads: HeadSelection | None):
+    """Layer x head, coloured by score.
 
     A score beyond the colour scale (the outermost 2 % of heads at most) has the colour of its end.
-
-    Args:
-        heads: the heads to frame; of the same model.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: `heads` is of another model, nothing was scored, or matplotlib knows no such format.
     """
-    _check(scores, heads)
     figure, axes = _grid(scores)
     norm, beyond = _norm(scores)
     image = axes.imshow(scores.matrix()[list(scores.layers)].numpy(), aspect="auto", cmap="viridis",
@@ -42,18 +68,13 @@ def heat_map(scores: HeadScores, path: str | os.PathLike, heads: HeadSelection |
     if heads is not None:
         _frame(axes, scores, heads)
     axes.set_title(_title(scores, heads, "framed"), fontsize=10, wrap=True)
-    save_figure(figure, path)
+    return figure
 
 
-def histogram(scores: HeadScores, path: str | os.PathLike, heads: HeadSelection | None = None) -> None:
-    """Write how the scores are spread: heads per interval of score, those of `heads` hatched.
-
-    Raises:
-        ImportError, ValueError: as `heat_map`.
-    """
+def _histogram(scores: Scores, heads: HeadSelection | None):
+    """Heads per interval of score, those of `heads` hatched."""
     import numpy as np
 
-    _check(scores, heads)
     figure = new_figure(6.4, 3.8)
     axes = figure.add_subplot()
     norm, beyond = _norm(scores)
@@ -75,22 +96,14 @@ def histogram(scores: HeadScores, path: str | os.PathLike, heads: HeadSelection 
     axes.set(xlabel=f"{scores.metric} of {scores.representation}{outside}", ylabel="heads",
              xscale="log" if spread else "linear")
     axes.set_title(_title(scores, heads, "hatched"), fontsize=10, wrap=True)
-    save_figure(figure, path)
+    return figure
 
 
-def overlap(scores: HeadScores, other: HeadScores, path: str | os.PathLike, ratio: float = 0.10) -> None:
-    """Write which heads are in the top of one task, of the other and of both, layer x head.
-
-    Args:
-        ratio: of heads in each top.
-
-    Raises:
-        ImportError, ValueError: as `heat_map`; ValueError where the two do not score the same heads.
-    """
+def _overlap(scores: Scores, other: Scores, ratio: float):
+    """Which heads are in the top of one task, of the other and of both, layer x head."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    _check(scores, None)
     alike = scores.compare(other, ratio=ratio)
     first, second = (set(s.ranking()[:alike.k]) for s in (scores, other))
     figure, axes = _grid(scores)
@@ -104,7 +117,8 @@ def overlap(scores: HeadScores, other: HeadScores, path: str | os.PathLike, rati
             axes.text(head, row[layer], signs[which], ha="center", va="center", fontsize=7,
                       color="white" if which == 3 else "black")
     shades = ["white", "#9ecae1", "#fdae6b", "#3f007d"]
-    axes.imshow(grid.numpy(), aspect="auto", cmap=ListedColormap(shades), vmin=-0.5, vmax=3.5, interpolation="nearest")
+    axes.imshow(grid.numpy(), aspect="auto", cmap=ListedColormap(shades), vmin=-0.5, vmax=3.5,
+                interpolation="nearest")
     axes.set_xticks([x - 0.5 for x in range(grid.shape[1])], minor=True)
     axes.set_yticks([y - 0.5 for y in range(grid.shape[0])], minor=True)
     axes.grid(which="minor", color="0.9", linewidth=0.5)
@@ -116,7 +130,7 @@ def overlap(scores: HeadScores, other: HeadScores, path: str | os.PathLike, rati
                   loc="outside lower center", fontsize=8)
     axes.set_title(f"top {alike.k} heads of two tasks by {scores.metric}\n{alike.shared} shared, Jaccard "
                    f"{alike.jaccard:.2f}, Spearman {alike.spearman:.2f} over all", fontsize=10, wrap=True)
-    save_figure(figure, path)
+    return figure
 
 
 def curves(path: str | os.PathLike, lines: Mapping[str, Sequence[tuple[float, float]]], *, xlabel: str = "step",
@@ -192,15 +206,7 @@ def save_figure(figure, path: str | os.PathLike) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def _check(scores: HeadScores, heads: HeadSelection | None) -> None:
-    if heads is not None and heads.heads_per_layer != scores.heads_per_layer:
-        raise ValueError(f"the heads are of a model with {list(heads.heads_per_layer)} heads per layer, "
-                         f"the scores of one with {list(scores.heads_per_layer)}")
-    if not len(scores):
-        raise ValueError("no head was scored, so there is nothing to draw")
-
-
-def _grid(scores: HeadScores):
+def _grid(scores: Scores):
     """Figure and axes for one cell per head, layers downwards."""
     n_layers, n_heads = len(scores.layers), max(scores.heads_per_layer[layer] for layer in scores.layers)
     figure = new_figure(min(4.5 + 0.24 * n_heads, 16), min(2.2 + 0.24 * n_layers, 22))
@@ -213,7 +219,7 @@ def _grid(scores: HeadScores):
     return figure, axes
 
 
-def _norm(scores: HeadScores):
+def _norm(scores: Scores):
     """The scale of colours, and where scores lie beyond it: "neither", "min", "max" or "both".
 
     Logarithmic where all scores are positive and far apart. It ends before the outermost heads where
@@ -236,7 +242,7 @@ def _norm(scores: HeadScores):
     return kind(inner_low if ends["min"] else low, inner_high if ends["max"] else high), beyond
 
 
-def _frame(axes, scores: HeadScores, heads: HeadSelection) -> None:
+def _frame(axes, scores: Scores, heads: HeadSelection) -> None:
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import Normal, Stroke
 
@@ -253,11 +259,11 @@ def _ticks(n: int) -> list[int]:
     return list(range(0, n, -(-n // 16)))
 
 
-def _title(scores: HeadScores, heads: HeadSelection | None, sign: str) -> str:
+def _title(scores: Scores, heads: HeadSelection | None, sign: str) -> str:
     marked = "" if heads is None else f"\n{len(heads)} of {sum(heads.heads_per_layer)} heads selected ({sign})"
     return scores.title.replace(": ", "\n", 1) + marked
 
 
-def _task(scores: HeadScores, fallback: str) -> str:
+def _task(scores: Scores, fallback: str) -> str:
     models = (scores.provenance or {}).get("models")
     return models["task"]["name"] if models else fallback

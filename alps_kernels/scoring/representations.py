@@ -1,4 +1,4 @@
-"""What a head is compared by: which of its matrices, as views of the stored weights.
+"""Representations of a head: which of its matrices are compared, as views of the stored weights.
 
 DESIGN's table of representations. Biases and output gates are no part of any of them.
 """
@@ -98,7 +98,8 @@ def stacked(blocks: Sequence[Tensor]) -> Tensor:
     step = offsets[1] - offsets[0] if len(blocks) > 1 else first.numel()
     even = all(b - a == step for a, b in zip(offsets, offsets[1:], strict=False))
     if step >= 0 and even and all(_alike(block, first) for block in blocks):
-        return first.as_strided((len(blocks), *first.shape), (step, *first.stride()), offsets[0])
+        # No pattern of einops: the blocks may leave gaps that divide no axis evenly.
+        return first.as_strided((len(blocks), *first.shape), (step, *first.stride()), offsets[0])  # [n, rows, cols]
     return torch.stack(list(blocks))
 
 

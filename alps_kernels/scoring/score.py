@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layout import AttentionLayer
 from ..ops import METRICS, head_delta, head_delta_projection
+from ..tensors import check_choice
 from ..version import __version__
 from ..weights import ModelWeights, Weights, match_layers
 from .representations import REPRESENTATIONS, Piece, check_projection, pieces
@@ -160,8 +161,7 @@ def _checked(metric: str | Sequence[str], representation: str, temperature: floa
         raise ValueError(f"metric is {unknown[0]!r}; expected one of {tuple(METRICS)}")
     if not metrics or len(set(metrics)) < len(metrics):
         raise ValueError(f"metric is {metric!r}; expected one metric or several different ones")
-    if representation not in REPRESENTATIONS:
-        raise ValueError(f"representation is {representation!r}; expected one of {REPRESENTATIONS}")
+    check_choice("representation", representation, REPRESENTATIONS)
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if not number or not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature!r}; expected a positive number")
@@ -239,7 +239,7 @@ class _Reader:
 
     @property
     def together(self) -> float:
-        """Elements of weights for one call: all that are on the GPU that computes, some where they need not be moved."""
+        """Elements of weights for one call: all if they are on the GPU that computes, some if none must be moved."""
         if not (self.base.in_memory and self.task.in_memory):
             return 0
         held = {tensor.device for weights in (self.base, self.task)

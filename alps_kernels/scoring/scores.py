@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +12,10 @@ from torch import Tensor
 
 from ..layout import LayerSummary
 from ..selection import HeadSelection, resolve_count
-from ..tensors import MAX_JSON_BYTES, read_json, write_atomic, write_json
+from ..tensors import check_choice
+from . import plots, score_files
 from .comparison import Comparison, spearman
 
-FORMAT, VERSION = "alps_kernels.scores", 1
 SCOPES = ("model", "layer")
 SHOWN = 20  # heads that printing lists
 
@@ -63,7 +60,8 @@ class HeadScores:
             raise ValueError(f"temperature is {temperature!r}; expected a positive number")
         self.layers = _tuple_of(layers)
         known = range(len(self.heads_per_layer))
-        if any(type(i) is not int or i not in known for i in self.layers) or list(self.layers) != sorted(set(self.layers)):
+        indices = all(type(i) is int and i in known for i in self.layers)
+        if not indices or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers {list(self.layers)} are not ascending indices below {len(known)}")
         self.heads = tuple((layer, head) for layer in self.layers for head in range(self.heads_per_layer[layer]))
         self.tensor = _float64(tensor)
@@ -102,21 +100,17 @@ class HeadScores:
             raise IndexError(f"layer {layer} was not scored; the scored ones are {list(self.layers)}")
         if not isinstance(index, int) or not 0 <= index < self.heads_per_layer[layer]:
             raise IndexError(f"head {index} is not in layer {layer}, which has {self.heads_per_layer[layer]} heads")
-        return self.tensor[self._starts[self.layers.index(layer)] + index].item()
-
-    @property
-    def _starts(self) -> list[int]:
-        """Position in `tensor` of the first head of every scored layer, and the end."""
-        return [0, *accumulate(self.heads_per_layer[layer] for layer in self.layers)]
+        return self.by_layer()[layer][index].item()
 
     def by_layer(self) -> dict[int, Tensor]:
         """The scores of every scored layer, float64 [heads of the layer]."""
-        starts = self._starts
-        return {layer: self.tensor[starts[i]:starts[i + 1]] for i, layer in enumerate(self.layers)}
+        sizes = [self.heads_per_layer[layer] for layer in self.layers]
+        return dict(zip(self.layers, self.tensor.split(sizes), strict=True))
 
     def matrix(self) -> Tensor:
         """float64 [layers of the model, most heads of a layer], NaN where there is no score."""
-        grid = torch.full((len(self.heads_per_layer), max(self.heads_per_layer, default=0)), math.nan, dtype=torch.float64)
+        shape = len(self.heads_per_layer), max(self.heads_per_layer, default=0)
+        grid = torch.full(shape, math.nan, dtype=torch.float64)
         for layer, scores in self.by_layer().items():
             grid[layer, :len(scores)] = scores
         return grid
@@ -154,8 +148,7 @@ class HeadScores:
         Raises:
             ValueError: both or neither of ratio and k, one out of range, an unknown scope.
         """
-        if scope not in SCOPES:
-            raise ValueError(f"scope is {scope!r}; expected one of {SCOPES}")
+        check_choice("scope", scope, SCOPES)
         if scope == "model":
             heads = self.ranking()[:resolve_count(len(self), ratio, k)]
         else:
@@ -164,7 +157,8 @@ class HeadScores:
         provenance = {"method": "top", "ratio": ratio, "k": k, "scope": scope, "metric": self.metric,
                       "representation": self.representation, "temperature": self.temperature,
                       "scores": self.provenance}
-        return HeadSelection(heads, self.heads_per_layer, kv=kv, parts=parts, summary=self.summary, provenance=provenance)
+        return HeadSelection(heads, self.heads_per_layer, kv=kv, parts=parts, summary=self.summary,
+                             provenance=provenance)
 
     def compare(self, other: HeadScores, ratio: float | None = None, *, k: int | None = None) -> Comparison:
         """How alike two rankings of the same heads are; the top is `ratio` (default 0.1) or `k`.
@@ -190,19 +184,12 @@ class HeadScores:
         Raises:
             ValueError: the suffix is neither .json nor .safetensors.
         """
-        document = {
-            "format": FORMAT, "version": VERSION,
+        score_files.write(path, self.tensor, {
             "metric": self.metric, "representation": self.representation, "temperature": self.temperature,
             "layers": list(self.layers), "heads_per_layer": list(self.heads_per_layer),
             "summary": None if self.summary is None else [layer.to_json() for layer in self.summary],
             "provenance": self.provenance,
-        }
-        if _suffix(path) == ".json":
-            write_json(path, {**document, "values": self.tensor.tolist()})
-        else:
-            from safetensors.torch import save
-
-            write_atomic(path, save({"scores": self.tensor}, {FORMAT: json.dumps(document, allow_nan=False)}))
+        })
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> HeadScores:
@@ -212,32 +199,15 @@ class HeadScores:
             FileNotFoundError: there is no such file.
             ValueError: it is torn, foreign or contradicts itself; the message names the file.
         """
-        if _suffix(path) == ".json":
-            document = read_json(path, FORMAT, VERSION)
-        else:
-            document = _read_safetensors(path)
+        document = score_files.read(path)
         try:
-            return cls._from_document(document)
+            values, entries = score_files.checked(document)
+            if entries["summary"] is not None:
+                entries["summary"] = [LayerSummary.from_json(layer) for layer in entries["summary"]]
+            return cls(values, **entries)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"{os.fspath(path)} does not hold valid head scores: {what}") from error
-
-    @classmethod
-    def _from_document(cls, document: dict[str, Any]) -> HeadScores:
-        for name, kind in (("metric", str), ("representation", str), ("temperature", (int, float)), ("layers", list),
-                           ("heads_per_layer", list), ("summary", (list, type(None))), ("provenance", (dict, type(None)))):
-            if not isinstance(document[name], kind) or isinstance(document[name], bool):
-                raise TypeError(f"{name} is {type(document[name]).__name__}")
-        values = document["values"]
-        if isinstance(values, list) and not all(type(value) in (int, float) for value in values):
-            raise TypeError("values are not all numbers")
-        if not 0 < document["temperature"] < math.inf:
-            raise ValueError(f"temperature is {document['temperature']}")
-        summary = document["summary"]
-        return cls(values, document["layers"], document["heads_per_layer"], metric=document["metric"],
-                   representation=document["representation"], temperature=document["temperature"],
-                   summary=None if summary is None else [LayerSummary.from_json(layer) for layer in summary],
-                   provenance=document["provenance"])
 
     # -- for people --------------------------------------------------------------------------
 
@@ -270,7 +240,7 @@ class HeadScores:
 
     def plot(self, path: str | os.PathLike, heads: HeadSelection | None = None, *, kind: str = "heatmap",
              other: HeadScores | None = None, ratio: float = 0.10) -> None:
-        """Write a picture, its suffix the format (.png, .pdf, .svg): see the functions of `pictures`.
+        """Write a plot; its suffix is the format (.png, .pdf, .svg).
 
         Args:
             heads: the heads to frame ("heatmap") or to hatch ("histogram").
@@ -281,18 +251,7 @@ class HeadScores:
             ImportError: matplotlib is not installed.
             ValueError: the heads or `other` are of another model, or the kind or format is unknown.
         """
-        from . import plots as pictures
-
-        if kind not in pictures.KINDS:
-            raise ValueError(f"kind is {kind!r}; expected one of {pictures.KINDS}")
-        if (kind == "overlap") != (other is not None):
-            raise ValueError("kind='overlap' draws these scores and other: give both or neither")
-        if other is not None:
-            pictures.overlap(self, other, path, ratio)
-        elif kind == "histogram":
-            pictures.histogram(self, path, heads)
-        else:
-            pictures.heat_map(self, path, heads)
+        plots.plot_scores(self, path, heads, kind, other, ratio)
 
 
 def _tuple_of(layers: Any) -> tuple:
@@ -315,31 +274,3 @@ def _float64(values: Any) -> Tensor:
 def _order(values: Tensor) -> list[int]:
     """Positions by descending value, equal values by position."""
     return torch.sort(values, descending=True, stable=True).indices.tolist()
-
-
-def _suffix(path: str | os.PathLike) -> str:
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".json", ".safetensors"):
-        raise ValueError(f"{os.fspath(path)} ends in {suffix!r}; scores are written as .json or .safetensors")
-    return suffix
-
-
-def _read_safetensors(path: str | os.PathLike) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    size = Path(path).stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{os.fspath(path)} has {size} bytes; a file of scores has at most {MAX_JSON_BYTES}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            document = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-            if not isinstance(document, dict) or document.get("format") != FORMAT:
-                raise ValueError("its metadata hold no scores")
-            if type(document.get("version")) is not int or not 1 <= document["version"] <= VERSION:
-                raise ValueError(f"it has schema version {document.get('version')!r}; this alps_kernels reads 1 to {VERSION}")
-            values = file.get_tensor("scores")
-            if values.dtype != torch.float64:
-                raise ValueError(f"its scores are {values.dtype}, not float64")
-            return {**document, "values": values}
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(f"{os.fspath(path)} is not a {FORMAT} file: {error}") from error

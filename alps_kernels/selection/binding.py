@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..layout import PART_OF, AttentionLayer, HeadLayout, LayerSummary, LayoutError
-from ..tensors import SUFFIX, Ranges, SyncedSlice, as_matrix, complement, intersect, merge, synced_slices_in
+from ..layout import PART_OF, AttentionLayer, HeadLayout, HeadSlice, LayerSummary, LayoutError, find_heads
+from ..tensors import SUFFIX, Range, Ranges, SyncedSlice, blocks, complement, matrix_shape, merge, synced_slices_in
+from .head_set import HeadSet
 
-if TYPE_CHECKING:
-    from .selection import HeadSelection
 
 @dataclass(frozen=True)
 class BoundParam:
@@ -37,8 +35,7 @@ class BoundParam:
     @property
     def extent(self) -> int:
         """The length of the axis that is cut."""
-        rows = self.param.shape[0] if self.param.ndim else 1
-        return rows if self.dim == 0 else self.param.numel() // max(rows, 1)
+        return matrix_shape(self.param.shape)[self.dim]
 
     @property
     def full(self) -> bool:
@@ -52,7 +49,7 @@ class BoundParam:
 
     def blocks(self, tensor: Tensor) -> list[Tensor]:
         """The selected ranges as 2-D views of `tensor`, which has the parameter's shape."""
-        return [as_matrix(tensor).narrow(self.dim, start, stop - start) for start, stop in self.ranges]
+        return blocks(tensor, self.dim, self.ranges)
 
     @torch.no_grad()
     def cut(self, tensor: Tensor) -> Tensor:
@@ -82,7 +79,7 @@ class BoundSelection:
         count: the honest number of head parameters that train.
     """
 
-    selection: HeadSelection
+    selection: HeadSet
     params: tuple[BoundParam, ...]
     rest: str
     count: SelectionCount
@@ -109,13 +106,11 @@ class SelectionCount:
     total: dict[str, int]
 
     @classmethod
-    def of(cls, selection: HeadSelection, summary: Sequence[LayerSummary]) -> SelectionCount:
+    def of(cls, selection: HeadSet, summary: Sequence[LayerSummary]) -> SelectionCount:
         trained, total = defaultdict(int), defaultdict(int)
-        chosen = defaultdict(set)
-        for layer, head in selection.heads:
-            chosen[layer].add(head)
         for index, layer in enumerate(summary):
-            heads, groups = chosen[index], trained_groups(chosen[index], layer.group_of, selection.kv)
+            heads = selection.in_layer(index)
+            groups = trained_groups(heads, layer.group_of, selection.kv)
             for size, alive, n in ((layer.head_size, len(heads), len(layer.group_of)),
                                    (layer.group_size, len(groups), len(set(layer.group_of)))):
                 for part, numel in size.items():
@@ -143,102 +138,95 @@ def trained_groups(heads: Iterable[int], group_of: Sequence[int], kv: str) -> fr
     return touched - {group for head, group in enumerate(group_of) if head not in heads}
 
 
-def bind(selection: HeadSelection, model: nn.Module, rest: str, layout: HeadLayout | None) -> BoundSelection:
+def bind(selection: HeadSet, model: nn.Module, rest: str, layout: HeadLayout | None) -> BoundSelection:
     """See `HeadSelection.bind`; of a sliced model it gives the leaves."""
     bound = bind_full(selection, model, rest, layout)
-    mirrors = dict(synced_slices_in(model))
-    return _onto_leaves(bound, model, mirrors) if mirrors else bound
+    slices = dict(synced_slices_in(model))
+    return _onto_leaves(bound, model, slices) if slices else bound
 
 
-def bind_full(selection: HeadSelection, model: nn.Module, rest: str, layout: HeadLayout | None) -> BoundSelection:
+def bind_full(selection: HeadSet, model: nn.Module, rest: str, layout: HeadLayout | None) -> BoundSelection:
     """As `bind`, of the full parameters even where leaves hold their trained slices."""
-    if layout is None:
-        from ..layout import find_heads
-
-        layout = find_heads(model)
-    owned, chosen, cuts = _collected(selection, layout)
-    named = dict(model.named_parameters())
-    if missing := [name for name in owned if name not in named]:
+    layout = find_heads(model) if layout is None else layout
+    found, named = _head_ranges(selection, layout), dict(model.named_parameters())
+    if missing := [name for name in found if name not in named]:
         raise LayoutError(f"the layout names {missing[0]}, which this model does not have")
     leaves = {name + SUFFIX for name, _ in synced_slices_in(model)}
     params = []
     for name, param in named.items():
         if name in leaves:
             continue
-        part = BoundParam(name, param, cuts.get(name, 0), merge(chosen[name]))
+        dim, owned, chosen = found.get(name, (0, (), ()))
+        part = BoundParam(name, param, dim, merge(chosen))
         if rest == "trainable" and param.is_floating_point():
-            others = complement(part.ranges, part.extent) if name in owned else ()
-            frozen = intersect(merge(owned[name]), others)
-            part = BoundParam(name, param, part.dim, complement(frozen, part.extent))
+            others = complement(merge(owned), part.extent)
+            part = replace(part, ranges=merge((*chosen, *others)))
         if part.ranges and param.numel():
             if not param.is_floating_point():
                 raise ValueError(f"{name} holds selected heads but has dtype {param.dtype}; expected floating point")
             params.append(part)
-    return BoundSelection(selection, tuple(params), rest, selection.count(layout))
+    return BoundSelection(selection, tuple(params), rest, SelectionCount.of(selection, layout.summary()))
 
 
-def selected_ranges(selection: HeadSelection, layout: HeadLayout) -> dict[str, tuple[int, Ranges]]:
+def selected_ranges(selection: HeadSet, layout: HeadLayout) -> dict[str, tuple[int, Ranges]]:
     """What `selection` trains of a model with this layout: by parameter the axis and the ranges along it.
 
     Raises:
         ValueError: the model has other heads than the selection was made for.
     """
-    _, chosen, cuts = _collected(selection, layout)
-    return {name: (cuts[name], merge(ranges)) for name, ranges in chosen.items()}
+    found = _head_ranges(selection, layout)
+    return {name: (dim, merge(chosen)) for name, (dim, _, chosen) in found.items() if chosen}
 
 
-def _collected(selection: HeadSelection, layout: HeadLayout) -> tuple[dict, dict, dict]:
-    """By parameter: the ranges that heads own, the selected ones of them, and the axis they cut."""
+def _head_ranges(selection: HeadSet, layout: HeadLayout) -> dict[str, tuple[int, list[Range], list[Range]]]:
+    """By parameter the axis that the heads cut, the ranges of all heads and those of the selected ones."""
     if layout.heads_per_layer != selection.heads_per_layer:
         raise ValueError(f"the selection is for {_shape(selection.heads_per_layer)}, "
                          f"this model has {_shape(layout.heads_per_layer)}")
-    owned, chosen, cuts = defaultdict(list), defaultdict(list), {}
+    found: dict[str, tuple[int, list[Range], list[Range]]] = {}
     for layer in layout.layers:
-        _collect(layer, selection, owned, chosen, cuts)
-    return owned, chosen, cuts
+        for part, trains in _head_slices(layer, selection):
+            dim, owned, chosen = found.setdefault(part.param, (part.dim, [], []))
+            if dim != part.dim:
+                raise LayoutError(f"{part.param} is cut into rows by one head and columns by another")
+            owned.append((part.start, part.stop))
+            if trains:
+                chosen.append((part.start, part.stop))
+    return found
 
 
-def _onto_leaves(bound: BoundSelection, model: nn.Module, mirrors: dict[str, SyncedSlice]) -> BoundSelection:
-    """The leaves in place of the full parameters they are slices of.
+def _head_slices(layer: AttentionLayer, selection: HeadSet) -> Iterator[tuple[HeadSlice, bool]]:
+    """One layer's slices of the parts that the selection trains, and whether their head or group is selected."""
+    heads = selection.in_layer(layer.index)
+    groups = trained_groups(heads, layer.group_of, selection.kv) if layer.groups else frozenset()
+    for units, chosen in ((layer.heads, heads), (layer.groups, groups)):
+        for index, unit in enumerate(units):
+            for part in unit:
+                if PART_OF[part.role] in selection.parts:
+                    yield part, index in chosen
 
-    Raises:
-        ValueError: the model was sliced for something else than what is bound.
-    """
+
+def _onto_leaves(bound: BoundSelection, model: nn.Module, slices: dict[str, SyncedSlice]) -> BoundSelection:
+    """The leaves in place of the full parameters; ValueError where the model was sliced for another selection."""
     wanted = {part.name: part for part in bound.params}
-    for name, mirror in mirrors.items():
+    for name, synced in slices.items():
         part = wanted.get(name)
-        if part is None or (part.dim, part.ranges) != (mirror.dim, mirror.ranges):
-            sort = ("rows", "columns")[mirror.dim]
-            raise ValueError(f"{name} was sliced into {sort} {list(mirror.ranges)}, but of it this selection with rest"
+        if part is None or (part.dim, part.ranges) != (synced.dim, synced.ranges):
+            sort = ("rows", "columns")[synced.dim]
+            raise ValueError(f"{name} was sliced into {sort} {list(synced.ranges)}, but of it this selection with rest"
                              f" {bound.rest!r} trains {'nothing' if part is None else list(part.ranges)}: slice the"
                              " model for this selection first (alps_kernels.slice_heads)")
-    partial = [part.name for part in bound.params if not part.full and part.name not in mirrors]
+    partial = [part.name for part in bound.params if not part.full and part.name not in slices]
     if partial:
         raise ValueError(f"{partial[0]} holds selected slices but was not sliced with the rest of this model: slice the"
                          " model for this selection first (alps_kernels.slice_heads)")
     params = []
     for name, param in model.named_parameters():
-        if name in wanted and name not in mirrors:
+        if name in wanted and name not in slices:
             params.append(wanted[name])
-        elif name.endswith(SUFFIX) and (mirror := mirrors.get(name.removesuffix(SUFFIX))) is not None:
-            params.append(BoundParam(name, param, mirror.dim, ((0, mirror.size),), mirror.ranges))
+        elif name.endswith(SUFFIX) and (synced := slices.get(name.removesuffix(SUFFIX))) is not None:
+            params.append(BoundParam(name, param, synced.dim, ((0, synced.size),), synced.ranges))
     return replace(bound, params=tuple(params))
-
-
-def _collect(layer: AttentionLayer, selection: HeadSelection, owned: dict, chosen: dict, cuts: dict) -> None:
-    """Sort one layer's slices of the trained parts into all (owned) and selected (chosen) ranges."""
-    heads = {head for owner, head in selection.heads if owner == layer.index}
-    groups = trained_groups(heads, layer.group_of, selection.kv) if layer.groups else frozenset()
-    for units, alive in ((layer.heads, heads), (layer.groups, groups)):
-        for index, unit in enumerate(units):
-            for part in unit:
-                if PART_OF[part.role] not in selection.parts:
-                    continue
-                if cuts.setdefault(part.param, part.dim) != part.dim:
-                    raise LayoutError(f"{part.param} is cut into rows by one head and columns by another")
-                owned[part.param].append((part.start, part.stop))
-                if index in alive:
-                    chosen[part.param].append((part.start, part.stop))
 
 
 def _shape(heads_per_layer: Sequence[int]) -> str:

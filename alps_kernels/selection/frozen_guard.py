@@ -1,4 +1,4 @@
-"""`guard`: a digest of everything outside a selection, so that a byte that moves there is seen.
+"""Guard of what must not move: digests of every byte outside a selection.
 
 The file is not called guard.py: importing it would hide the function of that name.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..layout import HeadLayout
-from ..tensors import Ranges, as_matrix, complement, is_sharded, merge, synced_slices_in
+from ..tensors import Ranges, check_type, complement, local, matrix_shape, merge, synced_slices_in
 from .binding import BoundParam, BoundSelection
 from .selection import HeadSelection, selection_of
 from .shards import part_here
@@ -89,8 +89,7 @@ def guard(model: nn.Module, heads: HeadSelection | BoundSelection | None = None,
         raise ValueError("nothing says what trains of this model: give heads=")
     if isinstance(heads, HeadSelection):
         heads = heads.bind(model, rest=rest, layout=layout)
-    elif not isinstance(heads, BoundSelection):
-        raise TypeError(f"heads is a {type(heads).__name__}; expected a HeadSelection, or what its bind(model) returns")
+    check_type("heads", heads, BoundSelection, "a HeadSelection, or what its bind(model) returns")
     return Guard(model, heads, buffers)
 
 
@@ -107,10 +106,12 @@ class Guard:
             raise ValueError(f"{lost[0]} of the selection is not a parameter of this model: bind the selection to it")
         self._model, self._buffers = model, buffers
         self._parts = {part.name: part for part in heads.params}
-        # The mirrored slices of a full weight follow its leaf, which is watched itself.
-        self._parts |= {name: BoundParam(name, mirror.weight, mirror.dim, mirror.ranges) for name, mirror in synced_slices_in(model)}
+        # The synced slices of a full weight follow its leaf, which is watched itself.
+        self._parts |= {name: BoundParam(name, synced.weight, synced.dim, synced.ranges)
+                        for name, synced in synced_slices_in(model)}
         self._keys: Tensor | None = None
-        numel = {name: sum(block.numel() for _, block in self._frozen(name, tensor)) for name, tensor in self._tensors()}
+        numel = {name: sum(block.numel() for _, block in self._frozen(name, tensor))
+                 for name, tensor in self._tensors()}
         watched = [(name, tensor) for name, tensor in self._tensors() if numel[name]]
         self._facts = {name: _facts(tensor) for name, tensor in watched}
         self._digests = {name: self._digest(name, tensor) for name, tensor in watched}
@@ -134,9 +135,9 @@ class Guard:
                 digest = self._digest(name, now[name])
                 old = [part.to(digest[0].device) for part in self._digests[name]]
                 doubted[name] = [new != then for new, then in zip(digest, old, strict=True)]
-        rows = [(name, differ[0].any()) for name, differ in doubted.items()]
-        flags = torch.stack([flag.to(rows[0][1].device) for _, flag in rows]).tolist() if rows else []
-        for (name, _), moved in zip(rows, flags, strict=True):
+        flags = [differ[0].any() for differ in doubted.values()]
+        flags = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+        for name, moved in zip(doubted, flags, strict=True):
             if moved:
                 found[name] = self._locate(name, now[name], *doubted[name])
         return tuple(found[name] for name in self._facts if name in found)
@@ -169,14 +170,12 @@ class Guard:
         for name, tensor in self._model.named_buffers() if self._buffers else ():
             yield name, _readable(name, tensor)
 
-    def _frozen(self, name: str, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The rectangles of a tensor that must not move, with the row or column each begins at."""
-        part = self._parts.get(name) or BoundParam(name, tensor, 0, ())
-        if is_sharded(part.param):  # in the rows and columns of what this rank holds
-            part = part_here(part)
-        matrix = _matrix(tensor)
+    def _frozen(self, name: str, tensor: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """The rectangles of a tensor that must not move, with the row and column each begins at."""
+        part = part_here(self._parts.get(name) or BoundParam(name, tensor, 0, ()))
+        matrix = tensor.reshape(matrix_shape(tensor.shape))  # a copy only where it is not contiguous
         for start, stop in complement(part.ranges, matrix.shape[part.dim]):
-            yield start, matrix.narrow(part.dim, start, stop - start)
+            yield (start, 0) if part.dim == 0 else (0, start), matrix.narrow(part.dim, start, stop - start)
 
     @torch.no_grad()
     def _digest(self, name: str, tensor: Tensor) -> list[Tensor]:
@@ -205,10 +204,8 @@ class Guard:
     def _locate(self, name: str, tensor: Tensor, rows: Tensor, columns: Tensor) -> Change:
         """Where the digests of a tensor differ, in its own rows and columns."""
         rows, columns = rows.tolist(), columns.tolist()
-        part, moved_rows, moved_columns, at_row, at_column = self._parts.get(name), [], [], 0, 0
-        for start, block in self._frozen(name, tensor):
-            cut = part.dim if part is not None else 0
-            top, left = (start, 0) if cut == 0 else (0, start)
+        moved_rows, moved_columns, at_row, at_column = [], [], 0, 0
+        for (top, left), block in self._frozen(name, tensor):
             for piece in _folded(block):
                 height, width = len(piece), _words(piece[:1]).shape[1]
                 here, across = rows[at_row:at_row + height], columns[at_column:at_column + width]
@@ -257,13 +254,9 @@ def _folded(block: Tensor) -> Iterator[Tensor]:
         yield vector[whole:].view(1, -1)
 
 
-def _matrix(tensor: Tensor) -> Tensor:
-    return as_matrix(tensor) if tensor.ndim <= 2 or tensor.is_contiguous() else tensor.flatten(1)
-
-
 def _readable(name: str, tensor: Tensor) -> Tensor:
     """What of a tensor is in this process's memory."""
-    tensor = getattr(tensor, "_local_tensor", tensor).detach()
+    tensor = local(tensor).detach()
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"{name} is {tensor.layout} on {tensor.device}: there are no bytes of it to watch")
     return tensor

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..tensors import Range, bounds, is_sharded, local, sum_bytes_
+from ..tensors import Range, bounds, is_sharded, local, matrix_shape, sum_bytes_
 from .binding import BoundParam
 
 
@@ -50,8 +50,8 @@ def cut_compact(part: BoundParam, whole: Tensor) -> Tensor:
     if not is_sharded(part.param):
         return whole.clone()
     mine = whole.new_empty(part_here(part).numel)
-    for there, here in _twins(part, whole, mine):
-        here.copy_(there)
+    for of_whole, of_mine in _matching_blocks(part, whole, mine):
+        of_mine.copy_(of_whole)
     return mine
 
 
@@ -63,8 +63,8 @@ def gather_compact(part: BoundParam, mine: Tensor) -> Tensor:
     if not is_sharded(part.param):
         return mine
     whole = mine.new_zeros(part.numel)
-    for there, here in _twins(part, whole, mine):
-        there.copy_(here)
+    for of_whole, of_mine in _matching_blocks(part, whole, mine):
+        of_whole.copy_(of_mine)
     return sum_bytes_(whole, part.param)
 
 
@@ -72,23 +72,17 @@ def _rectangle(param: Tensor) -> tuple[Range, Range]:
     """The rows and the columns of `as_matrix(param)` that this rank holds."""
     spans = bounds(param)
     rows = spans[0] if spans else (0, 1)
-    if len(spans) == 2:
-        return rows, spans[1]
-    total = param.shape[0] if param.ndim else 1
-    return rows, (0, param.numel() // max(total, 1))
+    return rows, spans[1] if len(spans) == 2 else (0, matrix_shape(param.shape)[1])
 
 
-def _twins(part: BoundParam, whole: Tensor, mine: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _matching_blocks(part: BoundParam, whole: Tensor, mine: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """For every range the same elements as 2-D views of the global compact tensor and of this rank's."""
-    rect = _rectangle(part.param)
-    extent = (part.param.shape[0] if part.param.ndim else 1, part.param.numel() // max(part.param.shape[0], 1)
-              if part.param.ndim else 1)
-    at = here = 0
+    rectangle, at, here = _rectangle(part.param), 0, 0
     for span in part.ranges:
-        block = [(0, size) for size in extent]
+        block = [(0, size) for size in matrix_shape(part.param.shape)]
         block[part.dim] = span
         height, width = (stop - start for start, stop in block)
-        held = [(max(a, c), max(max(a, c), min(b, d))) for (a, b), (c, d) in zip(block, rect, strict=True)]
+        held = [(max(a, c), max(max(a, c), min(b, d))) for (a, b), (c, d) in zip(block, rectangle, strict=True)]
         (top, bottom), (left, right) = ((start - first, stop - first)
                                         for (start, stop), (first, _) in zip(held, block, strict=True))
         size = (bottom - top) * (right - left)

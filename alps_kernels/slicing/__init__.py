@@ -1,6 +1,6 @@
 """Projections whose backward forms only the selected slices of dW. Imports: tensors, layout, selection."""
 
 from .model import slice_heads, unslice_heads
-from .weight_grad import head_grad, selected
+from .weight_grad import head_grad, select_columns
 
-__all__ = ["head_grad", "selected", "slice_heads", "unslice_heads"]
+__all__ = ["head_grad", "select_columns", "slice_heads", "unslice_heads"]

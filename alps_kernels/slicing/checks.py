@@ -6,6 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -26,39 +27,25 @@ class Place(NamedTuple):
 
 
 def find_places(model: nn.Module, bound: BoundSelection) -> list[Place]:
-    """The projections that hold partly trained parameters, checked.
-
-    Raises:
-        LayoutError: one of them cannot be sliced.
-    """
-    owners: dict[int, list[tuple[str, nn.Module, str, nn.Module | None]]] = {}
-    modules = dict(model.named_modules())
+    """The projections that hold partly trained parameters; LayoutError where one of them cannot be sliced."""
+    trained = {id(part.param): part for part in bound.params}
+    modules, owners = dict(model.named_modules()), defaultdict(list)
     for path, module in modules.items():
-        parent = modules.get(path.rpartition(".")[0]) if path else None
         for key, param in module._parameters.items():
-            if param is not None:
-                owners.setdefault(id(param), []).append((path, module, key, parent))
-    found: dict[int, dict[str, BoundParam]] = {}
-    held: dict[int, nn.Module] = {}
-    for part in bound.params:
-        if part.full:
-            continue
-        first, *others = owners[id(part.param)]
-        if others:
-            raise LayoutError(f"{part.name} is tied to {others[0][0]}.{others[0][2]}: its slices cannot train in one "
-                              "place alone; untie them first")
-        path, module, key, parent = first
-        _check_module(path, module, key, parent)
-        _check_param(part)
-        held[id(module)] = module
-        found.setdefault(id(module), {})[key] = part
-    wholes = {id(part.param): part for part in bound.params if part.full}
-    for index, parts in found.items():  # beside a cut weight or bias the other one's leaf is all of it
-        for key, param in held[index]._parameters.items():
-            if id(param) in wholes and key in ("weight", "bias"):
-                parts.setdefault(key, wholes[id(param)])
-    return [Place(held[index], {key: parts[key] for key in ("weight", "bias") if key in parts})
-            for index, parts in found.items()]
+            owners[id(param)].append(f"{path}.{key}")
+    places = []
+    for path, module in modules.items():
+        parts = {key: trained[id(param)] for key, param in module._parameters.items() if id(param) in trained}
+        partial = {key: part for key, part in parts.items() if not part.full}
+        for key, part in partial.items():
+            if others := owners[id(part.param)][1:]:
+                raise LayoutError(f"{part.name} is tied to {others[0]}: its slices cannot train in one place alone; "
+                                  "untie them first")
+            _check_module(path, module, key, modules.get(path.rpartition(".")[0]) if path else None)
+            _check_param(part)
+        if partial:  # beside a cut weight or bias the other one's leaf is all of it
+            places.append(Place(module, {key: parts[key] for key in ("weight", "bias") if key in parts}))
+    return places
 
 
 def product_of(plain_class: type[nn.Module]) -> str | None:

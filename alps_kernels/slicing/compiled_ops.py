@@ -1,4 +1,4 @@
-"""The trained slices of a weight in compiled code: opaque ops, which a compiler neither unrolls nor copies for."""
+"""Opaque custom ops for compiled code: trained slices written into their weight, and dX of a sliced projection."""
 
 from __future__ import annotations
 

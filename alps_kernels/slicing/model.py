@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..layout import HeadLayout, find_heads
-from ..selection import REST, BoundSelection, HeadSelection, bind_full, forget, remember, remembered
-from ..tensors import SUFFIX, SyncedSlice, sync_weights, synced_slices_in
+from ..selection import REST, BoundSelection, HeadSelection, bind_full, remember, remembered
+from ..tensors import SUFFIX, SyncedSlice, check_choice, check_type, sync_weights, synced_slices_in
 from .checks import Place, find_places, product_of
 from .projection import Sliced, TrainedRanges, sliced_class
 
@@ -44,10 +44,8 @@ def slice_heads(model: nn.Module, heads: HeadSelection, *, rest: str = "frozen",
         ValueError: the selection is of another model.
         TypeError: `heads` is no HeadSelection.
     """
-    if not isinstance(heads, HeadSelection):
-        raise TypeError(f"heads is a {type(heads).__name__}; expected a HeadSelection")
-    if rest not in REST:
-        raise ValueError(f"rest is {rest!r}; expected one of {REST}")
+    check_type("heads", heads, HeadSelection, "a HeadSelection")
+    check_choice("rest", rest, REST)
     layout = find_heads(model) if layout is None else layout
     bound = bind_full(heads, model, rest, layout)
     places = find_places(model, bound)
@@ -55,7 +53,7 @@ def slice_heads(model: nn.Module, heads: HeadSelection, *, rest: str = "frozen",
     sliced = before is not None
     flags = [(param, param.requires_grad, param.grad) for param in model.parameters()]
     try:
-        if before is None or not _is_sliced_so(model, places):
+        if not _is_sliced_so(model, places):
             _check_whole(model)
             sync_weights(model)
             leaves = [_leaves(place) for place in places]  # what may fail for want of memory, before anything changes
@@ -64,7 +62,7 @@ def slice_heads(model: nn.Module, heads: HeadSelection, *, rest: str = "frozen",
             for place, made in zip(places, leaves, strict=True):
                 _slice(place, made)
         model.__dict__[_BEFORE] = before
-        remember(model, heads, rest)
+        remember(model, (heads, rest))
         bound = heads.bind(model, rest=rest, layout=layout)
         trained = {id(part.param) for part in bound.params}
         for param in model.parameters():
@@ -85,14 +83,11 @@ def _undo(model: nn.Module, flags: list[tuple], sliced: bool, before: dict[str, 
         model.__dict__[_BEFORE] = before or {}
         _restore(model)
         if sliced:
-            return forget(model)
+            return remember(model, None)
     for param, trains, grad in flags:
         param.requires_grad_(trains)
         param.grad = grad
-    if known is None:
-        forget(model)
-    else:
-        remember(model, *known)
+    remember(model, known)
 
 
 def unslice_heads(model: nn.Module) -> nn.Module:
@@ -121,12 +116,12 @@ def _check_whole(model: nn.Module) -> None:
 def _restore(model: nn.Module) -> None:
     """Undo `slice_heads`, whatever of it there is; the weights are current."""
     before = _before(model) or {}
-    for module in [module for module in model.modules() if "_mirrors" in module.__dict__]:
-        for name, mirror in module._mirrors.items():
+    for module in [module for module in model.modules() if "_synced" in module.__dict__]:
+        for name, synced in module._synced.items():
             module._parameters.pop(name + SUFFIX, None)
-            mirror.weight.requires_grad_(mirror.trained_before)
+            synced.weight.requires_grad_(synced.trained_before)
         module.__class__ = getattr(module, "plain_class", type(module))
-        del module._mirrors, module._cut
+        del module._synced, module._trained
     for name, param in model.named_parameters():
         if name in before:
             param.requires_grad_(before[name])
@@ -149,20 +144,18 @@ def _leaves(place: Place) -> dict[str, nn.Parameter]:
 
 
 def _slice(place: Place, leaves: dict[str, nn.Parameter]) -> None:
-    module, plain_class = place.module, type(place.module)
-    weight, bias = place.parts.get("weight"), place.parts.get("bias")
-    product = product_of(plain_class)
-    cut = TrainedRanges(product, weight is not None and (weight.dim == 0) == (product != "addmm"),
-              None if weight is None else weight.ranges,
-              None if bias is None else bias.ranges)
-    mirrors = {name: SyncedSlice(module, name, part.dim, part.ranges, part.param.requires_grad)
-               for name, part in place.parts.items()}
-    module._cut, module._mirrors = cut, mirrors
+    module, parts, plain_class = place.module, place.parts, type(place.module)
+    product, ranges = product_of(plain_class), {name: part.ranges for name, part in parts.items()}
+    outputs = "weight" in parts and (parts["weight"].dim == 0) == (product != "addmm")
+    trained = TrainedRanges(product, outputs, ranges.get("weight"), ranges.get("bias"))
+    synced = {name: SyncedSlice(module, name, part.dim, part.ranges, part.param.requires_grad)
+              for name, part in parts.items()}
+    module._trained, module._synced = trained, synced
     module.__class__ = sliced_class(plain_class)
-    for name, mirror in mirrors.items():
+    for name, one in synced.items():
         module.register_parameter(name + SUFFIX, leaves[name])
-        mirror.adopt()
-        mirror.written(leaves[name])
+        one.adopt()
+        one.written(leaves[name])
 
 
 def _is_sliced_so(model: nn.Module, places: list[Place]) -> bool:

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..tensors import SUFFIX, SyncedSlice, is_sharded, like, local, share_of
+from ..tensors import SUFFIX, Ranges, SyncedSlice, is_sharded, like, local, share_of
 from .compiled_ops import input_grad, write_slices
-from .weight_grad import head_grad, selected
-
-Ranges = tuple[tuple[int, int], ...]
+from .weight_grad import head_grad, select_columns
 
 # Where a forward is defined that a sliced projection repeats, and how it multiplies.
 PRODUCTS = {("torch.nn.modules.linear", "Linear"): "linear", ("transformers.pytorch_utils", "Conv1D"): "addmm",
@@ -68,22 +66,24 @@ class SlicedProject(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, weight_leaf: Tensor | None,
-                bias_leaf: Tensor | None, cut: TrainedRanges, mirrors: tuple[SyncedSlice, ...]) -> Tensor:
-        out = plain(x, weight, bias, cut.product)
+                bias_leaf: Tensor | None, trained: TrainedRanges, synced: tuple[SyncedSlice, ...]) -> Tensor:
+        out = plain(x, weight, bias, trained.product)
         kept = leaf = None
         if ctx.needs_input_grad[3]:
-            kept = x if cut.outputs else selected(x, cut.weight).to(out.dtype, copy=len(cut.weight) == 1)
-        owned = mirrors and weight_leaf is not None and mirrors[0].owns(weight, weight_leaf)
+            kept = x
+            if not trained.outputs:
+                kept = select_columns(x, trained.weight).to(out.dtype, copy=len(trained.weight) == 1)
+        owned = synced and weight_leaf is not None and synced[0].owns(weight, weight_leaf)
         if ctx.needs_input_grad[0] and not owned:
             leaf = weight_leaf  # FSDP2 fills the weight anew before backward
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None, leaf)
-        ctx.cut, ctx.mirrors, ctx.shape, ctx.dtype = cut, mirrors, x.shape, x.dtype
+        ctx.trained, ctx.synced, ctx.shape, ctx.dtype = trained, synced, x.shape, x.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        device = dy.device.type  # meta, where steps are counted, knows none; is_autocast_available is not traced in torch 2.11
+        device = dy.device.type  # meta has no autocast; is_autocast_available is not traced in torch 2.11
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return SlicedProject._grads(ctx, dy)
@@ -92,33 +92,32 @@ class SlicedProject(torch.autograd.Function):
     @staticmethod
     def _grads(ctx: Any, dy: Tensor) -> tuple:
         kept, weight, leaf = ctx.saved_tensors
-        cut: TrainedRanges = ctx.cut
+        trained: TrainedRanges = ctx.trained
         flat = dy.reshape(-1, dy.shape[-1])
         dx = d_weight = d_bias = None
         if weight is not None:
             dx = SlicedProject._input_grad(ctx, flat, weight, leaf).view(ctx.shape).to(ctx.dtype)
         if kept is not None:
             x = kept.reshape(-1, kept.shape[-1]).to(dy.dtype)
-            if cut.outputs:
-                d_weight = head_grad(flat, x, cut.weight, transposed=cut.transposed)
+            if trained.outputs:
+                d_weight = head_grad(flat, x, trained.weight, transposed=trained.transposed)
             else:
-                d_weight = head_grad(x, flat, ((0, x.shape[1]),), transposed=not cut.transposed)
+                d_weight = head_grad(x, flat, ((0, x.shape[1]),), transposed=not trained.transposed)
         if ctx.needs_input_grad[4]:
-            d_bias = selected(flat, cut.bias).sum(0)
-        for mirror in ctx.mirrors:
-            mirror.formed = True
+            d_bias = select_columns(flat, trained.bias).sum(0)
+        for synced in ctx.synced:
+            synced.formed = True
         return dx, None, None, d_weight, d_bias, None, None
-
 
     @staticmethod
     def _input_grad(ctx: Any, dy: Tensor, weight: Tensor, leaf: Tensor | None) -> Tensor:
-        cut: TrainedRanges = ctx.cut
-        if leaf is not None and not ctx.mirrors:
-            return input_grad(dy, weight, leaf, *_edges(cut.weight), cut.dim, cut.transposed)
+        trained: TrainedRanges = ctx.trained
+        if leaf is not None and not ctx.synced:
+            return input_grad(dy, weight, leaf, *_edges(trained.weight), trained.dim, trained.transposed)
         if leaf is not None:
-            ctx.mirrors[0].refresh(weight, leaf)
+            ctx.synced[0].refresh(weight, leaf)
         weight = weight.to(dy.dtype)
-        return dy.mm(weight.t() if cut.transposed else weight)
+        return dy.mm(weight.t() if trained.transposed else weight)
 
 
 def _edges(ranges: Ranges) -> tuple[list[int], list[int]]:
@@ -126,56 +125,56 @@ def _edges(ranges: Ranges) -> tuple[list[int], list[int]]:
 
 
 class Sliced(nn.Module):
-    """Mixed into the class of a projection by `sliced_class`: its full weight mirrors its leaves.
+    """Mixed into the class of a projection by `sliced_class`: its full weight follows its leaves.
 
     `state_dict` has the plain projection's keys and the current weights; loading a plain state
     dict refreshes the leaves.
     """
 
-    _mirrors: dict[str, SyncedSlice]
-    _cut: TrainedRanges
+    _synced: dict[str, SyncedSlice]
+    _trained: TrainedRanges
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         full = {"weight": weight, "bias": bias}
-        leaves = {name: getattr(self, name + SUFFIX) for name in self._mirrors}
+        leaves = {name: getattr(self, name + SUFFIX) for name in self._synced}
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-            whole = full | {name: self._mirrors[name].composed(full[name], leaf) for name, leaf in leaves.items()}
-            return plain(x, whole["weight"], whole["bias"], self._cut.product)
+            whole = full | {name: self._synced[name].composed(full[name], leaf) for name, leaf in leaves.items()}
+            return plain(x, whole["weight"], whole["bias"], self._trained.product)
         self._refresh(full, leaves)
         trains = [leaf.requires_grad for leaf in leaves.values()]
         if torch.is_grad_enabled():
             if any(full[name].requires_grad for name in leaves):
                 raise RuntimeError(_UNFROZEN.format(type(self).__name__, list(weight.shape)))
             if any(trains) or x.requires_grad:
-                mirrors = () if torch.compiler.is_compiling() else tuple(self._mirrors.values())
-                return SlicedProject.apply(x, weight, bias, leaves.get("weight"), leaves.get("bias"), self._cut,
-                                           mirrors)
+                synced = () if torch.compiler.is_compiling() else tuple(self._synced.values())
+                return SlicedProject.apply(x, weight, bias, leaves.get("weight"), leaves.get("bias"), self._trained,
+                                           synced)
         elif self.training and any(trains) and not torch.compiler.is_compiling():
             _refuse_lost_gradients()
-        return plain(x, weight, bias, self._cut.product)
+        return plain(x, weight, bias, self._trained.product)
 
     def _refresh(self, full: dict[str, Tensor], leaves: dict[str, Tensor]) -> None:
-        """The full parameters become current: by a look at the mirrors; in compiled code always.
+        """The full parameters become current: where they may differ; in compiled code always.
 
         There the op marks the weight as changed at every call, so that eager code looks again, too.
         """
-        for name, mirror in self._mirrors.items():
+        for name, synced in self._synced.items():
             if torch.compiler.is_compiling():
-                write_slices(full[name], leaves[name], *_edges(mirror.ranges), mirror.dim)
+                write_slices(full[name], leaves[name], *_edges(synced.ranges), synced.dim)
             else:
-                mirror.refresh(full[name], leaves[name])
+                synced.refresh(full[name], leaves[name])
 
     def extra_repr(self) -> str:
-        shares = [f"{name}: {mirror.size} of {mirror.weight.shape[mirror.dim]} {('rows', 'columns')[mirror.dim]} train"
-                  for name, mirror in self._mirrors.items()]
+        shares = [f"{name}: {synced.size} of {synced.weight.shape[synced.dim]} {('rows', 'columns')[synced.dim]} train"
+                  for name, synced in self._synced.items()]
         return ", ".join([super().extra_repr(), *shares])
 
     # -- what moves or replaces tensors ------------------------------------------------------
 
     def _adopt(self) -> None:
-        for mirror in self._mirrors.values():
-            mirror.adopt()
+        for synced in self._synced.values():
+            synced.adopt()
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
@@ -183,27 +182,27 @@ class Sliced(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        for mirror in self._mirrors.values():
-            mirror.bring_up()
+        for synced in self._synced.values():
+            synced.sync()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._mirrors:
+        for name in self._synced:
             del destination[prefix + name + SUFFIX]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # Nothing is written to the full weights before: the state dict may hold these very tensors, as
         # torch.distributed.checkpoint fills them in place.
-        given = {name for name, mirror in self._mirrors.items()
-                 if getattr(state_dict.get(prefix + name), "shape", None) == mirror.weight.shape}
-        leaves = {name: self._parameters.pop(name + SUFFIX) for name in self._mirrors}
+        given = {name for name, synced in self._synced.items()
+                 if getattr(state_dict.get(prefix + name), "shape", None) == synced.weight.shape}
+        leaves = {name: self._parameters.pop(name + SUFFIX) for name in self._synced}
         for name, leaf in leaves.items():
             if state_dict.get(prefix + name + SUFFIX) is leaf:  # set_model_state_dict adds what the model has itself
                 del state_dict[prefix + name + SUFFIX]
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:
-            for name, mirror in self._mirrors.items():
+            for name, synced in self._synced.items():
                 leaf = leaves[name]
-                self._parameters[name + SUFFIX] = _loaded(leaf, mirror.cut(mirror.weight)) if name in given else leaf
+                self._parameters[name + SUFFIX] = _loaded(leaf, synced.cut(synced.weight)) if name in given else leaf
             self._adopt()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -233,27 +232,18 @@ def _blank(plain_class: type[nn.Module]) -> nn.Module:
 @torch.no_grad()
 def _loaded(leaf: nn.Parameter, values: Tensor) -> nn.Parameter:
     """The leaf with new values: the same parameter where it can hold them, for its optimizer's sake."""
-    if is_sharded(leaf):
-        held = share_of(leaf, values)
-        if leaf.is_meta and not values.is_meta:
-            return nn.Parameter(like(leaf, held.clone()), requires_grad=leaf.requires_grad)
-        local(leaf).copy_(held)
-        return leaf
+    held = share_of(leaf, values)
     if leaf.is_meta and not values.is_meta:
-        return nn.Parameter(values, requires_grad=leaf.requires_grad)
-    if leaf.dtype != values.dtype or leaf.device != values.device:
+        return nn.Parameter(like(leaf, held.clone()), requires_grad=leaf.requires_grad)
+    if not is_sharded(leaf) and (leaf.dtype, leaf.device) != (values.dtype, values.device):
         leaf.data = values
     else:
-        leaf.copy_(values)
+        local(leaf).copy_(held)
     return leaf
 
 
 def _refuse_lost_gradients() -> None:
-    """Reentrant checkpointing gives no gradient at all where none of its inputs needs one.
-
-    Raises:
-        RuntimeError: that is where this call is.
-    """
+    """Raises RuntimeError inside reentrant checkpointing of which no input needs a gradient: it gives none at all."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
         frame = frame.f_back

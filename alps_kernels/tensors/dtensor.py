@@ -1,7 +1,6 @@
-"""Sharded (DTensor) tensors: which part of one this rank holds, and moving data between it and the others.
+"""DTensor helpers: which part of a sharded tensor this rank holds, and moving data between the ranks.
 
 Tensors that are not sharded are held whole: most of this works on them too and sends nothing.
-This file knows torch alone.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def shard_groups(param: Tensor) -> list[Any]:
 
 
 def sum_bytes_(whole: Tensor, param: Tensor) -> Tensor:
-    """Every rank's bytes in the place of zeros on the others: the same tensor on all ranks that hold `param`'s shards."""
+    """Every rank's bytes in the place of zeros on the others: one tensor on all ranks that hold `param`'s shards."""
     for group in shard_groups(param):  # each byte is one rank's, so that no sum carries or rounds
         torch.distributed.all_reduce(whole.view(torch.uint8), group=group)
     return whole
@@ -107,8 +106,8 @@ def sum_of_squares(params: Sequence[Tensor], square: Callable[[list[int]], Tenso
 
 def write_ranges(weight: Tensor, leaf: Tensor, dim: int, ranges: Sequence[Range]) -> None:
     """A leaf into its ranges along `dim` of a weight, both sharded: a collective, which sends the leaf."""
-    for there, here in _overlaps(weight, leaf.full_tensor(), dim, ranges):
-        there.copy_(here)
+    for of_shard, of_leaf in _overlaps(weight, leaf.full_tensor(), dim, ranges):
+        of_shard.copy_(of_leaf)
 
 
 def read_ranges(weight: Tensor, dim: int, ranges: Sequence[Range]) -> Tensor:
@@ -116,8 +115,8 @@ def read_ranges(weight: Tensor, dim: int, ranges: Sequence[Range]) -> Tensor:
     shape = list(weight.shape)
     shape[dim] = sum(stop - start for start, stop in ranges)
     whole = local(weight).new_zeros(shape)
-    for there, here in _overlaps(weight, whole, dim, ranges):
-        here.copy_(there)
+    for of_shard, of_leaf in _overlaps(weight, whole, dim, ranges):
+        of_leaf.copy_(of_shard)
     return sum_bytes_(whole, weight)
 
 
@@ -125,12 +124,13 @@ def _overlaps(weight: Tensor, leaf: Tensor, dim: int, ranges: Sequence[Range]) -
     """The elements of every range that this rank holds, as views of the weight's shard and of the whole leaf."""
     pairs, at = [], 0
     for span in ranges:
-        there, here = local(weight), leaf.narrow(dim, at, span[1] - span[0])
+        of_shard, of_leaf = local(weight), leaf.narrow(dim, at, span[1] - span[0])
         at += span[1] - span[0]
         for axis, (first, last) in enumerate(bounds(weight)):
             start, stop = span if axis == dim else (0, weight.shape[axis])
             low = min(max(start, first), last)
             size = max(min(stop, last) - low, 0)
-            there, here = there.narrow(axis, low - first, size), here.narrow(axis, low - start if size else 0, size)
-        pairs.append((there, here))
+            of_shard = of_shard.narrow(axis, low - first, size)
+            of_leaf = of_leaf.narrow(axis, low - start if size else 0, size)
+        pairs.append((of_shard, of_leaf))
     return pairs

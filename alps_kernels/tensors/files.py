@@ -1,4 +1,4 @@
-"""Small files written whole or not at all, and read with suspicion."""
+"""Files and folders written in one atomic step, and JSON documents that are checked when read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+
+from .checks import refuse_constant
 
 MAX_JSON_BYTES = 256 * 2**20
 
@@ -63,11 +67,8 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 def sync(file: Path) -> None:
     """Have what was written to `file` on the disk."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def _mask() -> int:
@@ -92,6 +93,23 @@ def write_json(path: str | os.PathLike, document: dict[str, Any]) -> None:
     write_atomic(path, (text + "\n").encode())
 
 
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor],
+                 metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in one atomic step.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; `path` is untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+
 def read_json(path: str | os.PathLike, format: str, version: int) -> dict[str, Any]:
     """Read a JSON document that `write_json` wrote.
 
@@ -107,7 +125,7 @@ def read_json(path: str | os.PathLike, format: str, version: int) -> dict[str, A
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; a {format} file has at most {MAX_JSON_BYTES}")
     try:
-        document = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
+        document = json.loads(path.read_bytes().decode("utf-8"), parse_constant=refuse_constant)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a {format} file: {error}") from error
     if not isinstance(document, dict) or document.get("format") != format:
@@ -117,7 +135,3 @@ def read_json(path: str | os.PathLike, format: str, version: int) -> dict[str, A
     if type(found) is not int or not 1 <= found <= version:
         raise ValueError(f"{path} has schema version {found!r}; this alps_kernels reads 1 to {version}")
     return document
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number JSON allows")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -28,12 +29,22 @@ def complement(ranges: Ranges, extent: int) -> Ranges:
 
 
 def intersect(a: Ranges, b: Ranges) -> Ranges:
+    """What lies in both, merged."""
     return merge((max(x[0], y[0]), min(x[1], y[1])) for x in a for y in b)
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The rows and columns of `as_matrix`, from a tensor's shape."""
+    rows = shape[0] if shape else 1
+    return rows, math.prod(shape) // max(rows, 1)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """The 2-D view in which rows and columns count: [shape[0], -1]; a vector is [n, 1]."""
-    if tensor.ndim == 2:
-        return tensor
-    rows = tensor.shape[0] if tensor.ndim else 1
-    return tensor.view(rows, tensor.numel() // max(rows, 1))  # never a copy: callers write through it
+    return tensor if tensor.ndim == 2 else tensor.view(matrix_shape(tensor.shape))  # no copy: callers write through it
+
+
+def blocks(tensor: Tensor, dim: int, ranges: Iterable[Range]) -> list[Tensor]:
+    """The ranges of rows (dim 0) or columns (dim 1) of `as_matrix(tensor)`, as 2-D views."""
+    matrix = as_matrix(tensor)
+    return [matrix.narrow(dim, start, stop - start) for start, stop in ranges]

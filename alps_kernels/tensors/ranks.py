@@ -1,4 +1,4 @@
-"""Work that is shared between the ranks of torch.distributed and told to all of them."""
+"""Work shared by the ranks of torch.distributed, its results and errors on all of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from .checks import check_type
 
 T = TypeVar("T")
 
@@ -24,8 +26,7 @@ def group_of(distributed: Any) -> Any:
                          " torch.distributed.init_process_group first")
     if distributed is True:
         return dist.group.WORLD
-    if not isinstance(distributed, dist.ProcessGroup):
-        raise TypeError(f"distributed is a {type(distributed).__name__}; expected True, False or a process group")
+    check_type("distributed", distributed, dist.ProcessGroup, "True, False or a process group")
     return distributed
 
 

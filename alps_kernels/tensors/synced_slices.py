@@ -1,8 +1,8 @@
-"""Leaves and mirrors: the trained slices of a weight, and their copy inside the full weight.
+"""Parameter slices that are kept in sync with their weight.
 
 A sliced projection holds the selected rows or columns of its weight in a compact leaf
-parameter, which is the truth, and multiplies with the full weight, which mirrors it. A mirror
-knows whether the two may differ and makes the full weight current. This file knows torch alone.
+parameter, which is the truth, and multiplies with the full weight, which follows it. A
+`SyncedSlice` knows whether the two may differ and makes the full weight current.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .dtensor import is_sharded, read_ranges, write_ranges
+from .ranges import Ranges
 
 SUFFIX = "_slice"  # the leaf of `weight` is the parameter `weight_slice` of the same module
 
-# Parameters by id; a parameter does not own its mirror, the sliced module does.
+# Parameters by id; a parameter does not own its synced slice, the sliced module does.
 _BY_LEAF: dict[int, tuple[weakref.ref, weakref.ref]] = {}
 _BY_WEIGHT: dict[int, tuple[weakref.ref, weakref.ref]] = {}
 
@@ -36,18 +37,17 @@ class SyncedSlice:
         trained_before: `requires_grad` of the full parameter before it was sliced.
     """
 
-    def __init__(self, module: nn.Module, name: str, dim: int, ranges: tuple[tuple[int, int], ...],
-                 trained_before: bool) -> None:
+    def __init__(self, module: nn.Module, name: str, dim: int, ranges: Ranges, trained_before: bool) -> None:
         self.module, self.name, self.dim, self.ranges, self.trained_before = module, name, dim, ranges, trained_before
         self.always = False  # a CUDA graph that is replayed changes both unseen
         self._forget()
 
     def _forget(self) -> None:
-        self._known: tuple = (None, None)
+        self._adopted: tuple = (None, None)
         self._stamp: tuple | None = None
-        self._kept: tuple | None = None
+        self._cached_views: tuple | None = None
         self.formed = False  # a gradient, since weight and leaf last agreed
-        self._told = False
+        self._both_written = False
         self._grad_mode: bool | None = None  # of the last forward
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class SyncedSlice:
         return sum(stop - start for start, stop in self.ranges)
 
     def blocks(self, weight: Tensor) -> list[Tensor]:
-        """The mirrored ranges as views of a tensor of the full parameter's shape."""
+        """The leaf's ranges as views of a tensor of the full parameter's shape."""
         return [weight.narrow(self.dim, start, stop - start) for start, stop in self.ranges]
 
     def pairs(self, weight: Tensor, leaf: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -97,14 +97,14 @@ class SyncedSlice:
     def adopt(self) -> None:
         """From now on the module's parameters are these objects. They count as different until a copy."""
         weight, leaf = self.weight, self.leaf
-        self._known = (weakref.ref(weight), weakref.ref(leaf))
-        self._stamp = self._kept = None
+        self._adopted = (weakref.ref(weight), weakref.ref(leaf))
+        self._stamp = self._cached_views = None
         _register(_BY_WEIGHT, weight, self)
         _register(_BY_LEAF, leaf, self)
 
     def owns(self, weight: Tensor, leaf: Tensor) -> bool:
         """These are the module's own parameters, not stand-ins that live for one call (FSDP2, functional_call)."""
-        return all(ref is not None and ref() is t for ref, t in zip(self._known, (weight, leaf), strict=True))
+        return all(ref is not None and ref() is t for ref, t in zip(self._adopted, (weight, leaf), strict=True))
 
     def writable(self, leaf: Tensor) -> bool:
         """A step may write `weight` where it writes `leaf`: plain tensors of one dtype and device."""
@@ -114,7 +114,7 @@ class SyncedSlice:
 
     def written(self, leaf: Tensor) -> None:
         """Whoever calls this has just made the weight's slices and the leaf equal."""
-        self.formed, self._told = False, True
+        self.formed, self._both_written = False, True
         self._stamp = self._now(self.weight, leaf)
 
     def stale(self, weight: Tensor, leaf: Tensor) -> bool:
@@ -142,7 +142,7 @@ class SyncedSlice:
         elif self.always or mode not in (None, self._grad_mode) or self.stale(weight, leaf):
             self.copy(weight, leaf)
 
-    def bring_up(self) -> None:
+    def sync(self) -> None:
         """Copy leaf to weight, as the module holds them now."""
         weight, leaf = self.weight, self.leaf
         if self.owns(weight, leaf):
@@ -169,57 +169,57 @@ class SyncedSlice:
     def _views(self, weight: Tensor, leaf: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """`pairs`, apart; kept for the module's own parameters, since they cost more than the copy."""
         key = (weight.data_ptr(), leaf.data_ptr(), weight.dtype, leaf.dtype)
-        if self._kept is not None and self._kept[0] == key:
-            return self._kept[1]
+        if self._cached_views is not None and self._cached_views[0] == key:
+            return self._cached_views[1]
         views = tuple(map(list, zip(*self.pairs(weight.detach(), leaf.detach()), strict=True)))
         if self.owns(weight, leaf) and not torch.is_inference_mode_enabled():
-            self._kept = (key, views)
+            self._cached_views = (key, views)
         return views
 
     def stepped(self, leaf: Tensor) -> None:
-        """An optimizer made a step on the leaf: copy, unless it told (`written`) that it did so itself.
+        """An optimizer made a step on the leaf: copy, unless it wrote the weight too (`written`).
 
         The next forward copies once more: whoever steps may also clip or shrink through `.data`.
         """
         weight, formed = self.weight, self.formed
-        told, self._told = self._told, False
-        if self.owns(weight, leaf) and (self.stale(weight, leaf) or (leaf.grad is not None and not told)):
+        both_written, self._both_written = self._both_written, False
+        if self.owns(weight, leaf) and (self.stale(weight, leaf) or (leaf.grad is not None and not both_written)):
             self.copy(weight, leaf)
             self.formed = formed
 
 
 def synced_slice_of(param: Tensor) -> SyncedSlice | None:
-    """The mirror of a sliced leaf; None for every other parameter."""
+    """What a sliced leaf is kept in sync with; None for every other parameter."""
     return _found(_BY_LEAF, param)
 
 
 def leaf_of(weight: Tensor) -> nn.Parameter | None:
     """The leaf that holds trained slices of a full parameter; None for every other parameter."""
-    mirror = _found(_BY_WEIGHT, weight)
-    return None if mirror is None else mirror.leaf
+    synced = _found(_BY_WEIGHT, weight)
+    return None if synced is None else synced.leaf
 
 
 def synced_slices_in(model: nn.Module) -> Iterator[tuple[str, SyncedSlice]]:
-    """(name of the full parameter, mirror) of every sliced parameter, each once, FSDP2 or not."""
+    """(name of the full parameter, synced slice) of every sliced parameter, each once, FSDP2 or not."""
     for prefix, module in model.named_modules():
-        for name, mirror in getattr(module, "_mirrors", {}).items():
-            yield f"{prefix}.{name}" if prefix else name, mirror
+        for name, synced in getattr(module, "_synced", {}).items():
+            yield f"{prefix}.{name}" if prefix else name, synced
 
 
 def sync_weights(model: nn.Module) -> None:
     """Write every leaf into its full weight, seen to be changed or not: for whoever reads weights without a forward."""
-    for _, mirror in synced_slices_in(model):
-        mirror.bring_up()
+    for _, synced in synced_slices_in(model):
+        synced.sync()
 
 
-def _register(table: dict, param: Tensor, mirror: SyncedSlice) -> None:
+def _register(table: dict, param: Tensor, synced: SyncedSlice) -> None:
     key = id(param)
 
     def gone(dead: weakref.ref) -> None:
         if table.get(key, (None,))[0] is dead:
             del table[key]
 
-    table[key] = weakref.ref(param, gone), weakref.ref(mirror)
+    table[key] = weakref.ref(param, gone), weakref.ref(synced)
 
 
 def _found(table: dict, param: Tensor) -> SyncedSlice | None:
@@ -233,8 +233,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
         return
     for group in optimizer.param_groups:
         for param in group["params"]:
-            if (mirror := _found(_BY_LEAF, param)) is not None:
-                mirror.stepped(param)
+            if (synced := _found(_BY_LEAF, param)) is not None:
+                synced.stepped(param)
 
 
 register_optimizer_step_post_hook(_after_step)

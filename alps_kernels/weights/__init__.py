@@ -1,7 +1,11 @@
 """The weights of a model or of a checkpoint on disk, through one protocol, streamed. Imports: tensors, layout."""
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .tensor_files import PICKLES, TensorFiles
-from .weights import ModelWeights, Weights, match_layers
+from .match import match_layers
+from .tensor_files import PICKLES, TensorFiles, TensorInfo
+from .weights import ModelWeights, Weights, canonical, unwrap_model
 
-__all__ = ["Checkpoint", "ModelWeights", "PICKLES", "TensorFiles", "Weights", "match_layers", "open_checkpoint"]
+__all__ = [
+    "Checkpoint", "ModelWeights", "PICKLES", "TensorFiles", "TensorInfo", "Weights", "canonical", "match_layers",
+    "open_checkpoint", "unwrap_model",
+]

@@ -1,144 +1,169 @@
-"""Where the weights of a scored model come from, and how two models' attention layers pair up."""
+"""The weights of one model: the protocol, and models in memory."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..layout import AttentionLayer, HeadLayout, HeadSlice, LayoutError, find_heads
-from ..tensors import sync_weights
+from ..layout import AttentionLayer, HeadLayout, LayoutError, find_heads
+from ..tensors import sync_weights, synced_slice_of
+from .tensor_files import FLOATS, TensorInfo
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What torch.compile and activation checkpointing put into names.
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
+
+_LAYOUTS: WeakKeyDictionary[nn.Module, tuple[tuple, HeadLayout]] = WeakKeyDictionary()
 
 
 class Weights(Protocol):
-    """A model's attention weights, in memory or in files.
+    """Every parameter of a model, in memory or in files.
 
     Attributes:
         name: what to call it in messages and provenance.
-        layout: its attention heads.
+        model: the model without wrappers; on the meta device where its weights are in files.
         model_type: its config's, None where it has no config.
+        layout: its attention heads, by the names that `names` gives.
+        names: every parameter, tied ones once.
         in_memory: reading costs nothing.
     """
 
     name: str
-    layout: HeadLayout
+    model: nn.Module
     model_type: str | None
+    layout: HeadLayout
+    names: tuple[str, ...]
     in_memory: bool
 
-    def prepare(self, params: Iterable[str]) -> None:
-        """Check that these parameters can be read; nothing is read yet."""
+    def prepare(self, names: Iterable[str], *, exact: bool = False) -> None:
+        """Check that these parameters can be read, before anything is read of them.
 
-    def read(self, params: Iterable[str]) -> dict[str, Tensor]:
-        """The parameters by name, each of its shape in `layout.shapes`."""
+        Args:
+            exact: all their bytes are wanted, of any dtype; False: their values, in floating point.
+        """
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a prepared parameter."""
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The values of prepared parameters by name, each of its own shape."""
 
 
 class ModelWeights:
-    """The weights of a model in memory.
+    """The weights of a model in memory; of a sliced model the full weights, with the leaves' values in them.
+
+    Names are those of the model itself, without what torch.compile and its like put into them.
+
+    Args:
+        cached_layout: take the layout that was found last for this model with these names and shapes.
 
     Raises:
-        LayoutError: its heads cannot be located, or adapters are still beside its weights.
+        LayoutError: its heads cannot be located, or adapters are still beside its attention weights.
     """
 
     in_memory = True
 
-    def __init__(self, model: nn.Module, name: str | None = None) -> None:
-        config = next((c for m in model.modules() if (c := getattr(m, "config", None)) is not None), None)
+    def __init__(self, model: nn.Module, name: str | None = None, *, cached_layout: bool = False) -> None:
+        self.model = unwrap_model(model)
+        config = next((c for m in self.model.modules() if (c := getattr(m, "config", None)) is not None), None)
         self.model_type = getattr(config, "model_type", None)
-        self.name = name or os.path.basename(str(getattr(config, "name_or_path", "") or "")) or type(model).__name__
-        self.layout = find_heads(model)
-        sync_weights(model)
-        self._params = {key: param.detach() for key, param in model.named_parameters()}
-        if wrapped := [key for key in self.layout.shapes if ".base_layer." in key]:
-            raise LayoutError(f"{self.name}: {wrapped[0]} has an adapter beside it, which its weight does not show; "
-                              "merge the adapters first (merge_and_unload)")
+        given = os.path.basename(str(getattr(config, "name_or_path", "") or ""))
+        self.name = name or given or type(self.model).__name__
+        self.params: dict[str, Tensor] = {canonical(key): param for key, param in self.model.named_parameters()
+                                          if synced_slice_of(param) is None}
+        self.names = tuple(self.params)
+        self.layout = (_cached_layout(self.model, self.params) if cached_layout else
+                       _canonical_layout(find_heads(self.model)))
+        self._check_adapters(self.layout.shapes)
 
     def replace(self, params: Mapping[str, Tensor]) -> None:
         """Take these values instead of the model's own, which is not touched."""
+        params = {canonical(key): value for key, value in params.items()}
         if strange := [key for key, value in params.items() if self.layout.shapes.get(key) != tuple(value.shape)]:
-            raise ValueError(f"{self.name}: {strange[0]} is no attention weight, or not of shape {list(params[strange[0]].shape)}")
-        self._params.update(params)
+            raise ValueError(f"{self.name}: {strange[0]} is no attention weight, or not of shape "
+                             f"{list(params[strange[0]].shape)}")
+        self.params.update(params)
 
-    def prepare(self, params: Iterable[str]) -> None:
-        for key in params:
-            param = self._params[key]
+    def prepare(self, names: Iterable[str], *, exact: bool = False) -> None:
+        """See `Weights.prepare`; the full weights of a sliced model are brought up to date.
+
+        Raises:
+            LayoutError: adapters are beside a weight.
+            ValueError: a parameter is on the meta device, of a dtype that is no float or, if its
+                bytes are wanted, sharded or packed; it is named.
+        """
+        names = list(names)
+        self._check_adapters(names)
+        for name in names:
+            param = self.params[name]
             if param.is_meta:
-                raise ValueError(f"{self.name}: {key} is on the meta device and has no values; load the model, "
+                raise ValueError(f"{self.name}: {name} is on the meta device and has no values; load the model, "
                                  "or give its checkpoint folder instead")
-            if param.dtype not in FLOATS:
-                raise ValueError(f"{self.name}: {key} has dtype {param.dtype}; expected floating point of 16 bits or more")
+            if exact and (param.layout != torch.strided or is_traceable_wrapper_subclass(param)):
+                raise ValueError(f"{self.name}: {name} is a {type(param).__name__} ({type(param.data).__name__}), "
+                                 "sharded or packed; expected a plain tensor (gather the model, or patch its "
+                                 "checkpoint)")
+            if not exact and TensorInfo.of(param).dtype not in FLOATS:
+                raise ValueError(f"{self.name}: {name} has dtype {param.dtype}; "
+                                 "expected floating point of 16 bits or more")
+        sync_weights(self.model)
 
-    def read(self, params: Iterable[str]) -> dict[str, Tensor]:
-        return {key: self._params[key] for key in params}
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo.of(self.params[name])
 
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self.params[name].detach() for name in names}
 
-def match_layers(base: Weights, task: Weights) -> Callable[[str], str]:
-    """Match the attention layers of two models by name.
-
-    The modules' names must be equal, or equal after one prefix of each model is cut off (models
-    with different head modules: `encoder.layer.0...` against `bert.encoder.layer.0...`).
-
-    Returns:
-        a function from a parameter name of `base` to the one of `task`.
-
-    Raises:
-        LayoutError: they are not of one architecture; it names the first difference.
-    """
-    if None not in (base.model_type, task.model_type) and base.model_type != task.model_type:
-        raise LayoutError(f"{base.name} is a {base.model_type} and {task.name} a {task.model_type}: "
-                          "scores compare two models of one architecture")
-    ours, theirs = base.layout.layers, task.layout.layers
-    if len(ours) != len(theirs):
-        raise LayoutError(f"{base.name} has {len(ours)} attention layers and {task.name} {len(theirs)}: "
-                          "scores compare two models of one architecture")
-    cut, put = prefixes(ours[0].module, theirs[0].module)
-
-    def rename(name: str) -> str:
-        if not name.startswith(cut):
-            raise LayoutError(f"{name} of {base.name} does not begin with {cut!r}, as the other attention weights do; "
-                              f"cannot tell which weight of {task.name} it is")
-        return put + name[len(cut):]
-
-    for mine, other in zip(ours, theirs, strict=True):
-        if not mine.module.startswith(cut) or rename(mine.module) != other.module:
-            raise LayoutError(f"cannot tell which attention layer of {task.name} is {mine.module} of {base.name}: "
-                              f"{ours[0].module} goes with {theirs[0].module}, but next is {other.module}")
-        _check_pair(base, mine, task, other, rename)
-    return rename
+    def _check_adapters(self, names: Iterable[str]) -> None:
+        if wrapped := [name for name in names if ".base_layer." in name]:
+            raise LayoutError(f"{self.name}: {wrapped[0]} has an adapter beside it, which its weight does not show; "
+                              "merge the adapters first (merge_and_unload)")
 
 
-def prefixes(ours: str, theirs: str) -> tuple[str, str]:
-    """What is left of two dotted names before their longest common tail; "" or ends in a dot."""
-    a, b = ours.split("."), theirs.split(".")
-    common = 0
-    while common < min(len(a), len(b)) and a[-1 - common] == b[-1 - common]:
-        common += 1
-    heads = (".".join(words[:len(words) - common]) for words in (a, b))
-    cut, put = (head + "." if head else "" for head in heads)
-    return cut, put
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model itself, without torch.compile's and data parallelism's wrappers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model, not {type(model).__name__}")
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
 
 
-def _check_pair(base: Weights, mine: AttentionLayer, task: Weights, other: AttentionLayer,
-                rename: Callable[[str], str]) -> None:
-    for what, ours, theirs in (("query heads", mine.n_heads, other.n_heads),
-                               ("key/value groups", mine.n_groups, other.n_groups)):
-        if ours != theirs:
-            raise LayoutError(f"{mine.module}: {base.name} has {ours} {what}, {task.name} has {theirs}")
-    for name in sorted({part.param for unit in (*mine.heads, *mine.groups) for part in unit}):
-        ours, theirs = base.layout.shapes[name], task.layout.shapes.get(rename(name))
-        if theirs is None:
-            raise LayoutError(f"{task.name} has no {rename(name)}, which goes with {name} of {base.name}")
-        if ours != theirs:
-            raise LayoutError(f"{name} is {list(ours)} in {base.name} and {list(theirs)} in {task.name}")
+def canonical(name: str) -> str:
+    """A parameter's or module's name without what wrappers inside the model put into it."""
+    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
 
-    def places(unit: tuple[HeadSlice, ...], to_task: bool) -> list[tuple]:
-        return [(rename(p.param) if to_task else p.param, p.role, p.dim, p.start, p.stop) for p in unit]
 
-    same = all(places(a, True) == places(b, False) for ours, theirs in ((mine.heads, other.heads), (mine.groups, other.groups))
-               for a, b in zip(ours, theirs, strict=True))
-    if not same or mine.group_of != other.group_of or mine.kv_layer != other.kv_layer:
-        raise LayoutError(f"{mine.module}: the heads of {base.name} and {task.name} lie differently in its weights")
+def _cached_layout(model: nn.Module, params: Mapping[str, Tensor]) -> HeadLayout:
+    """`find_heads` by canonical names, cached for a model of these names and shapes: swaps should not wait for it."""
+    shapes = tuple((name, tuple(param.shape)) for name, param in params.items())
+    known = _LAYOUTS.get(model)
+    if known is None or known[0] != shapes:
+        known = _LAYOUTS[model] = (shapes, _canonical_layout(find_heads(model)))
+    return known[1]
+
+
+def with_params(layer: AttentionLayer, rename: Callable[[str], str]) -> AttentionLayer:
+    """The layer with its slices' parameters renamed."""
+    heads, groups = (tuple(tuple(replace(part, param=rename(part.param)) for part in unit) for unit in units)
+                     for units in (layer.heads, layer.groups))
+    return replace(layer, heads=heads, groups=groups)
+
+
+def _canonical_layout(layout: HeadLayout) -> HeadLayout:
+    if all(canonical(name) == name for name in layout.shapes):
+        return layout
+    layers = tuple(replace(with_params(layer, canonical), module=canonical(layer.module),
+                           output=None if layer.output is None else canonical(layer.output))
+                   for layer in layout.layers)
+    return replace(layout, layers=layers, shapes={canonical(name): shape for name, shape in layout.shapes.items()})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alps_kernels.scoring import plots as pictures
+from alps_kernels.scoring import new_figure
 
 from .runs import NAMES, Runs, claims, interval, label, plain
 
@@ -119,7 +119,7 @@ def draw(runs: Runs, task: str, folder: Path) -> list[str]:
     values = {v: interval(runs.items(v)) if exact else interval(runs.scalars(v, "test_loss")) for v in methods}
     scale, what = (100, "exact match on held-out items, %") if exact else (1, "loss on held-out items, nats a token")
     where = f"{task}, {runs.plan['model']} {runs.plan['dtype']}, {runs.plan['steps']} steps of {runs.plan['batch']}"
-    figure = pictures.new_figure(7.2, 1.4 + 0.22 * len(methods))
+    figure = new_figure(7.2, 1.4 + 0.22 * len(methods))
     axes = figure.add_subplot()
     order = sorted(methods, key=lambda v: values[v].mean * (1 if exact else -1))
     for place, which in enumerate(order):
@@ -131,10 +131,10 @@ def draw(runs: Runs, task: str, folder: Path) -> list[str]:
     axes.grid(axis="x", color="0.88")
     axes.set_axisbelow(True)
     axes.set_title(where, fontsize=9)
-    pictures.save_figure(figure, folder / f"{task}-methods.png")
+    figure.savefig(folder / f"{task}-methods.png", dpi=200)
     if task not in runs.plan["tasks"]:  # a few variants, to see what heads are worth on it
         return [f"{task}-methods.png"]
-    figure = pictures.new_figure(6.4, 4.4)
+    figure = new_figure(6.4, 4.4)
     axes = figure.add_subplot()
     for index, which in enumerate(filter(plain, methods)):
         axes.scatter(runs.mean(which, "english_ppl"), scale * values[which].mean, marker="osD^vP*X<>h"[index % 11], s=60,
@@ -144,7 +144,7 @@ def draw(runs: Runs, task: str, folder: Path) -> list[str]:
     axes.grid(color="0.88", zorder=0)
     axes.set_axisbelow(True)
     axes.set_title(f"{task}: learned against forgotten, means over seeds", fontsize=9)
-    pictures.save_figure(figure, folder / f"{task}-forgetting.png")
+    figure.savefig(folder / f"{task}-forgetting.png", dpi=200)
     return [f"{task}-methods.png", f"{task}-forgetting.png"]
 
 

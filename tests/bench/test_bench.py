@@ -8,19 +8,11 @@ import pytest
 import torch
 
 from bench import (
-    __main__ as bench_main,
-    attention,
-    baselines as rivals,
-    bench_adamw,
-    bench_dw,
-    bench_grad_norm,
-    common,
-    gpu,
-    predictions,
-    report,
-    timing as race,
+    __main__ as bench_main, attention, baselines, bench_adamw, bench_dw, bench_grad_norm, common, gpu, predictions,
+    report, timing,
 )
 from bench.shapes import RATIOS, SHAPES, Shape, heads_of
+from tests import compat
 
 
 def stage(name, code, limit=30.0):
@@ -46,6 +38,11 @@ def test_the_last_stage_keeps_its_time(tmp_path):
 
 def test_the_stages_fit_into_ten_minutes():
     assert gpu.WHOLE < 590 and sum(s.limit for s in gpu.STAGES) < 600 and gpu.STAGES[-1].name == "report"
+
+
+def test_the_paths_of_tests_that_tools_run_exist():
+    staged = [word for stage in gpu.STAGES for word in stage.command if word.startswith("tests/")]
+    assert staged and all((gpu.ROOT / path).exists() for path in [*staged, *compat.TESTS])
 
 
 def test_rows_have_every_column_and_say_what_they_were_taken_on(tmp_path, monkeypatch):
@@ -87,25 +84,25 @@ def test_the_report_shows_rows_and_leaves_the_rest_empty(tmp_path, monkeypatch):
         "bf16, fp32 moments, split master"]
 
 
-def test_rivals_run_in_turns_and_one_that_cannot_says_why():
+def test_calls_run_in_turns_and_one_that_cannot_says_why():
     order = []
 
     def builder(name):
-        return lambda: race.Entry(lambda: order.append(name), lambda: {"bytes": 8})
+        return lambda: timing.Timed(lambda: order.append(name), lambda: {"bytes": 8})
 
     def absent():
-        raise race.Unavailable("some package is not installed")
+        raise timing.Unavailable("some package is not installed")
 
-    raced = race.race({"a": builder("a"), "gone": absent, "b": builder("b")}, repeats=3)
-    assert list(raced) == ["a", "gone", "b"] and raced["gone"] == {"note": "not run: some package is not installed"}
+    found = timing.time_each({"a": builder("a"), "gone": absent, "b": builder("b")}, repeats=3)
+    assert list(found) == ["a", "gone", "b"] and found["gone"] == {"note": "not run: some package is not installed"}
     assert "".join(order).startswith("aabb" + "ab" * 3)
-    rows = race.rows_of("case", raced, 10.0)
-    assert rows[0]["ratio"] == 1 and "median_ms" not in rows[1] and rows[2]["ratio"] == raced["b"]["p20_ms"] / raced["a"]["p20_ms"]
+    rows = timing.rows_of("case", found, 10.0)
+    assert rows[0]["ratio"] == 1 and "median_ms" not in rows[1] and rows[2]["ratio"] == found["b"]["p20_ms"] / found["a"]["p20_ms"]
 
 
-def test_a_rival_that_is_not_installed_or_fails_is_told_from_one_that_runs(monkeypatch):
+def test_a_baseline_that_is_not_installed_or_fails_is_told_from_one_that_runs(monkeypatch):
     params = [torch.nn.Parameter(torch.zeros(512))]
-    assert isinstance(rivals.rival("torch AdamW fused", params), torch.optim.AdamW)
+    assert isinstance(baselines.baseline("torch AdamW fused", params), torch.optim.AdamW)
 
     def missing(params):
         import no_such_package  # noqa: F401
@@ -113,17 +110,17 @@ def test_a_rival_that_is_not_installed_or_fails_is_told_from_one_that_runs(monke
     def failing(params):
         raise NotImplementedError("a CUDA device is needed\nand more")
 
-    monkeypatch.setattr(rivals, "RIVALS", {"x": ("no-such-package", missing), "y": ("there", failing)})
-    with pytest.raises(race.Unavailable, match="no-such-package is not installed"):
-        rivals.rival("x", params)
-    with pytest.raises(race.Unavailable, match="there on cpu, float32: a CUDA device is needed$"):
-        rivals.rival("y", params)
+    monkeypatch.setattr(baselines, "BASELINES", {"x": ("no-such-package", missing), "y": ("there", failing)})
+    with pytest.raises(timing.Unavailable, match="no-such-package is not installed"):
+        baselines.baseline("x", params)
+    with pytest.raises(timing.Unavailable, match="there on cpu, float32: a CUDA device is needed$"):
+        baselines.baseline("y", params)
 
 
 def test_what_a_call_allocates_is_counted():
     x = torch.ones(1000, 1000)
-    assert 8_000_000 <= race.allocated(lambda: ((x + 1) * 2).sum()) < 8_100_000
-    assert race.allocated(lambda: x.add_(1)) < 1000
+    assert 8_000_000 <= timing.allocated(lambda: ((x + 1) * 2).sum()) < 8_100_000
+    assert timing.allocated(lambda: x.add_(1)) < 1000
 
 
 def test_the_bench_command_names_what_there_is_and_quick_covers_it(capsys):
@@ -141,7 +138,7 @@ def test_the_norm_s_and_the_step_s_contestants_run(adjacent, dtype, monkeypatch)
     rows = bench_grad_norm.run(case, 10.0, 2)
     assert [row["rival"] for row in rows] == ["head_grad_norm", "mask + torch norm", "torch norm, dense"]
     assert rows[0]["bytes"] == case.bound.numel * dtype.itemsize and all(row["median_ms"] > 0 for row in rows)
-    monkeypatch.setattr(bench_adamw, "RIVALS", {"torch AdamW fused": rivals.RIVALS["torch AdamW fused"]})
+    monkeypatch.setattr(bench_adamw, "BASELINES", {"torch AdamW fused": baselines.BASELINES["torch AdamW fused"]})
     bench_adamw.parity()
     rows = {row["rival"]: row for row in bench_adamw.run(case, 10.0, 2)}
     per_element = rows["HeadAdamW"]["bytes"] / case.bound.numel

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from alps_kernels import HeadAdamW
-from bench import bench_counts, common, report, workloads as cases
+from bench import bench_counts, common, report, workloads
 from bench.bench_counts import check, counted
 from bench.counting import Saved, Watch, count_step, state_bytes
-from bench.finetune_methods import LORA, METHODS, SLICED
+from bench.finetune_methods import FINETUNE_METHODS, LORA, SLICED
 from tests.slicing.cases import loss_of, pair
 
 
@@ -78,14 +78,14 @@ def test_a_weight_that_has_to_follow_its_leaf_is_seen_in_the_forward_pass():
 
 @pytest.fixture(scope="module")
 def llama():
-    case = cases.llama8b(3, length=768)
-    return (case, *counted(case, (0.01, 0.10, 1.0)))
+    workload = workloads.llama8b(3, length=768)
+    return (workload, *counted(workload, (0.01, 0.10, 1.0)))
 
 
 def test_sliced_heads_of_8b_layers_cost_what_they_promise(llama):
-    case, rows, steps = llama
-    check(case, steps)
-    assert {row["method"] for row in rows} == set(METHODS)
+    workload, rows, steps = llama
+    check(workload, steps)
+    assert {row["method"] for row in rows} == set(FINETUNE_METHODS)
     assert [row["method"] for row in rows if "not run" in row.get("note", "")] == ["SHiRA"]
     ours, lora, mask = steps[SLICED, 0.10], steps[LORA, 0.10], steps["gradient mask, AdamW", 0.10]
     assert ours.grads < mask.grads / 4 and ours.saved <= lora.saved
@@ -93,9 +93,9 @@ def test_sliced_heads_of_8b_layers_cost_what_they_promise(llama):
 
 
 def test_sliced_heads_of_smollm2_cost_what_they_promise():
-    case = cases.smollm2(2, length=40)
-    rows, steps = counted(case, (0.10,))
-    check(case, steps)
+    workload = workloads.smollm2(2, length=40)
+    rows, steps = counted(workload, (0.10,))
+    check(workload, steps)
     assert not [row for row in rows if "note" in row]
     assert steps["SHiRA", 0.10].forward.written > steps[SLICED, 0.10].forward.written  # it copies W
 
@@ -111,9 +111,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("promise", BROKEN)
 def test_a_broken_promise_stops_the_bench(llama, promise):
-    case, _, steps = llama
+    workload, _, steps = llama
     with pytest.raises(SystemExit, match=f"parity of {promise}"):
-        check(case, {**steps, (SLICED, 0.10): BROKEN[promise](steps[SLICED, 0.10])})
+        check(workload, {**steps, (SLICED, 0.10): BROKEN[promise](steps[SLICED, 0.10])})
 
 
 def test_the_report_shows_the_counts(llama, tmp_path, monkeypatch):

@@ -39,13 +39,13 @@ def test_runs_of_one_kind_are_equal_to_the_bit(tiny):
     assert first == second and torch.equal(a, b)
 
 
-def test_a_rival_that_cannot_run_is_one_row_that_says_so(tiny, monkeypatch):
-    monkeypatch.setitem(KINDS, "gone", Kind(torch.float32, rival="gone"))
+def test_a_baseline_that_cannot_run_is_one_row_that_says_so(tiny, monkeypatch):
+    monkeypatch.setitem(KINDS, "gone", Kind(torch.float32, baseline="gone"))
 
     def gone(name, params):
         raise bench_curves.Unavailable("gone is not installed")
 
-    monkeypatch.setattr(bench_curves, "rival", gone)
+    monkeypatch.setattr(bench_curves, "baseline", gone)
     rows, found = rows_of("gone", "case", *tiny, None)
     assert rows == [{"case": "case", "kind": "gone", "note": "not run: gone is not installed"}] and found is None
 

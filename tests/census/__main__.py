@@ -88,7 +88,7 @@ def table(document: dict) -> str:
     lines = ["# Compatibility", "",
              f"Written by `python -m tests.census --write-table` with transformers {document['transformers']}, {document['date']}. "
              "Every model type that transformers registers for a task is made tiny and random; each slice that `find_heads` claims is "
-             "perturbed, and the input of the output projection must move in exactly the claimed columns (`tests/census_oracle.py`). "
+             "perturbed, and the input of the output projection must move in exactly the claimed columns (`tests/census/oracle.py`). "
              "*Unverified*: located, but some layer cannot be run on a CPU without the model's own inputs.", "",
              "| task | types | run | located and verified | located, unverified | refused | wrong |", "|---|---|---|---|---|---|---|"]
     for task in dict.fromkeys(row["task"] for row in rows):

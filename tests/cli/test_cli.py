@@ -80,7 +80,7 @@ def test_a_mistake_costs_a_line_not_a_traceback(checkpoints, arguments, message,
 
 
 def test_help_needs_neither_torch_nor_transformers():
-    code = ("import sys; from typer.testing import CliRunner; from alps_kernels.cli import app;"
+    code = ("import sys; from typer.testing import CliRunner; from alps_kernels.cli.commands import app;"
             "r = CliRunner().invoke(app, ['--help']); print(r.exit_code, [m for m in ('torch', 'transformers') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "0 []"
 

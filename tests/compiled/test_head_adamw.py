@@ -21,7 +21,7 @@ GROUPS = TILE // 8
 TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "8bit": tl.int8}
 TABLES = {"tiles_ptr": "*i64", "pointers_ptr": "*i64", "hypers_ptr": "*fp32", "control_ptr": "*fp32"}
 
-# param, moments, master, amsgrad, mirror; the bytes an element that the kernel's docstring states
+# param, moments, master, amsgrad, weight_copy; the bytes an element that the kernel's docstring states
 VARIANTS = [
     ("fp32", "fp32", None, False, False, 28),
     ("fp32", "fp32", None, True, False, 36),
@@ -43,10 +43,11 @@ VARIANTS = [
 ]
 
 
-def compiled(target, param, moment, master, amsgrad, aligned, control=True, mirror=False, kernel=head_adamw_kernel):
+def compiled(target, param, moment, master, amsgrad, aligned, control=True, weight_copy=False,
+             kernel=head_adamw_kernel):
     signature = {name: kind for name, kind in TABLES.items() if control or name != "control_ptr"}
     constants = {"PARAM": TYPES[param], "GRAD": TYPES[param], "MOMENT": TYPES[moment], "MASTER": master,
-                 "AMSGRAD": amsgrad, "MIRROR": mirror, "ALIGNED": aligned, "GROUPS": GROUPS}
+                 "AMSGRAD": amsgrad, "WEIGHT_COPY": weight_copy, "ALIGNED": aligned, "GROUPS": GROUPS}
     return build(kernel, signature, constants if control else {**constants, "control_ptr": None},
                  target=target, aligned=tuple(signature), num_warps=WARPS[aligned])
 
@@ -68,10 +69,10 @@ def moved(built):
     return total, scalars
 
 
-@pytest.mark.parametrize("param, moment, master, amsgrad, mirror, per_element", VARIANTS)
-def test_head_adamw_moves_the_bytes_it_states_16_at_a_time_without_spills(param, moment, master, amsgrad, mirror,
+@pytest.mark.parametrize("param, moment, master, amsgrad, weight_copy, per_element", VARIANTS)
+def test_head_adamw_moves_the_bytes_it_states_16_at_a_time_without_spills(param, moment, master, amsgrad, weight_copy,
                                                                           per_element):
-    built = compiled("sm_90", param, moment, master, amsgrad, True, mirror=mirror)
+    built = compiled("sm_90", param, moment, master, amsgrad, True, weight_copy=weight_copy)
     assert spill_free(built) and resources(built).registers <= (100 if moment == "8bit" else 80)
     total, _ = moved(built)
     assert total == 8 * per_element and "f64" not in built.asm["ttir"]
@@ -97,7 +98,7 @@ def test_the_docstring_states_these_bytes():
 @pytest.mark.parametrize("param, moment, master", [("bf16", "fp32", "split"), ("fp32", "fp32", None),
                                                    ("bf16", "8bit", "split")])
 def test_head_adamw_compiles_everywhere_without_spills(target, aligned, param, moment, master):
-    built = compiled(target, param, moment, master, False, aligned, mirror=True)
+    built = compiled(target, param, moment, master, False, aligned, weight_copy=True)
     assert spill_free(built)
     if aligned and not target.startswith("gfx"):
         assert count(built, "LDG.E.128") >= (3 if moment == "8bit" else 6)
@@ -118,8 +119,8 @@ def test_without_control_the_kernel_is_the_same_but_for_two_loads():
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("aligned", [True, False])
 def test_every_variant_compiles_for_every_target_without_spills(target, aligned):
-    for param, moment, master, amsgrad, mirror, _ in VARIANTS:
-        assert spill_free(compiled(target, param, moment, master, amsgrad, aligned, mirror=mirror)), (param, moment, master)
+    for param, moment, master, amsgrad, weight_copy, _ in VARIANTS:
+        assert spill_free(compiled(target, param, moment, master, amsgrad, aligned, weight_copy=weight_copy)), (param, moment, master)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -137,7 +138,7 @@ def test_head_grad_norm(target, grad):
 @pytest.mark.parametrize("moment", ["fp32", "8bit"])
 def test_offsets_are_64_bit(aligned, moment):
     """Offsets of data come from int64 tables and stay int64: no 32-bit product feeds an address."""
-    assert not narrow_offsets(compiled("sm_90", "bf16", moment, "split", False, aligned, mirror=True))
+    assert not narrow_offsets(compiled("sm_90", "bf16", moment, "split", False, aligned, weight_copy=True))
 
 
 def narrow_offsets(built):
@@ -165,9 +166,9 @@ def test_a_32_bit_offset_is_seen(tmp_path):
     """The gate above, on a copy of the kernel whose offsets of param are products of 32 bits."""
     package = tmp_path / "narrow_kernels"
     shutil.copytree(Path(csrc_triton.__path__[0]), package)
-    wide = "offs_p = _field(tile, 2, ALIGNED) + row * _field(tile, 5, ALIGNED)"
-    narrow = wide.replace("row * _field(tile, 5, ALIGNED)",
-                          "(row.to(tl.int32) * _field(tile, 5, ALIGNED).to(tl.int32)).to(tl.int64)")
+    wide = "offs_p = _field(tile, TILE_P_OFF, ALIGNED) + row * _field(tile, TILE_P_STRIDE, ALIGNED)"
+    narrow = wide.replace("row * _field(tile, TILE_P_STRIDE, ALIGNED)",
+                          "(row.to(tl.int32) * _field(tile, TILE_P_STRIDE, ALIGNED).to(tl.int32)).to(tl.int64)")
     file = package / "head_adamw.py"
     file.write_text(edit(file.read_text(), (wide, narrow)))
     spec = importlib.util.spec_from_file_location("narrow_kernels", package / "__init__.py",

@@ -26,13 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import SequentialSampler
 from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
+    AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments,
 )
 
 import alps_kernels as alps

@@ -15,7 +15,7 @@ from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
 from alps_kernels.selection import BoundParam, BoundSelection
 from alps_kernels.selection.binding import SelectionCount
 from tests.ops.delta_oracle import projection_oracle, stored_oracle
-from tests.optim.cases import mirrored_module
+from tests.optim.cases import sliced_module
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -101,17 +101,17 @@ def test_moments_of_8_bits_equal_the_reference_sanitizer(dtype):
 @pytest.mark.parametrize("moments", [torch.float32, "8bit"], ids=str)
 def test_a_leaf_writes_its_weight_in_the_same_launch_sanitizer(dim, ranges, moments):
     weight = torch.randn(256, 192).to("cuda", torch.bfloat16)
-    module, whole = mirrored_module(weight.clone(), dim, ranges), nn.Parameter(weight.clone())
+    module, whole = sliced_module(weight.clone(), dim, ranges), nn.Parameter(weight.clone())
     leaf = module.weight_slice
     ours = HeadAdamW([leaf], lr=1e-2, moment_dtype=moments)
     plain = HeadAdamW([whole], lr=1e-2, moment_dtype=moments, heads=bound_to((whole, dim, ranges)))
     for _ in range(3):
         whole.grad = torch.randn_like(whole)
-        leaf.grad = module.mirror.cut(whole.grad)
+        leaf.grad = module.synced.cut(whole.grad)
         ours.step()
         plain.step()
-    assert torch.equal(module.weight, whole) and torch.equal(leaf, module.mirror.cut(whole))
-    assert not module.mirror.stale(module.weight, leaf)
+    assert torch.equal(module.weight, whole) and torch.equal(leaf, module.synced.cut(whole))
+    assert not module.synced.stale(module.weight, leaf)
 
 
 def test_the_host_needs_little_time_for_a_warm_step():

@@ -1,4 +1,4 @@
-"""What only a GPU can show of training sliced heads, and of 8-bit moments: see test_gpu.py.
+"""What only a GPU can show of training sliced heads, and of 8-bit moments: see test_step.py.
 
 Skipped without CUDA. `sanitizer` in a name: small enough for compute-sanitizer.
 """
@@ -87,8 +87,8 @@ def test_the_weight_that_forward_uses_is_current_after_every_step_sanitizer():
     for step in range(3):
         train(sliced, optimizer, 1, first=step)
         logits = sliced(batch(sliced, 9)["input_ids"].to(DEVICE)).logits
-        for _, mirror in synced_slices_in(sliced):
-            assert torch.equal(mirror.cut(mirror.weight), mirror.leaf)
+        for _, synced in synced_slices_in(sliced):
+            assert torch.equal(synced.cut(synced.weight), synced.leaf)
         again = alps.unslice_heads(copy.deepcopy(sliced))
         assert torch.equal(again(batch(sliced, 9)["input_ids"].to(DEVICE)).logits, logits)
 
@@ -100,9 +100,9 @@ def test_a_step_writes_leaf_and_weight_in_one_launch():
     loss_of(sliced, 2).backward()
     optimizer.step()
     for part in bound.params:
-        if (mirror := synced_slice_of(part.param)) is not None:
-            assert mirror.writable(part.param) and not mirror.stale(mirror.weight, part.param), part.name
-            assert torch.equal(mirror.cut(mirror.weight), part.param)
+        if (synced := synced_slice_of(part.param)) is not None:
+            assert synced.writable(part.param) and not synced.stale(synced.weight, part.param), part.name
+            assert torch.equal(synced.cut(synced.weight), part.param)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])

@@ -1,124 +1,392 @@
-"""The arrows of the house: who may import whom, read from the source."""
+"""The rooms of the package and the imports between them, read from the source, and every rule broken once.
+
+A room is a folder of alps_kernels; csrc_triton beside it is one too. The first line of a room's `__init__.py`, its
+face, ends in "Imports: a, b.": the rooms that it imports. Other rooms may import what a face lists in `__all__`.
+"""
 
 import ast
+import re
+import shutil
+import sys
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-
-# A room and the rooms it may know, beyond itself. Rooms are modules of alps_kernels, packages
-# taken whole, and csrc_triton. "selecting" rooms know torch and nothing of kernels.
-LOCATING = {"layout", "locate", "recognise", "outputs", "projections", "sizes", "fused", "places", "verify", "probes"}
-ALLOWED = {
-    "csrc_triton": set(),
-    "placement": set(),
-    "ops": {"csrc_triton", "placement"},
-    "files": set(),
-    **{name: LOCATING for name in LOCATING},
-    "mirrors": {"placement"},
-    "binding": {"layout", "locate", "selection", "mirrors"},
-    "sliced_projection": {"ops", "mirrors", "placement"},
-    "sliceable": {"layout", "binding", "sliced_projection"},
-    "sliced": {"layout", "locate", "selection", "binding", "mirrors", "sliceable", "sliced_projection"},
-    "selection": {"layout", "binding", "files"},
-    "cautions": {"state"},
-    "guarding": {"layout", "binding", "selection", "mirrors", "placement", "sharding"},
-    "optimizer": {"ops", "binding", "state", "saved_state", "arguments", "mirrors", "placement", "sharding", "replaced", "cautions"},
-    "arguments": {"ops", "mirrors"},
-    "saved_state": {"state", "placement", "sharding"},
-    "state": {"ops", "binding", "mirrors", "placement", "sharding"},
-    "sharding": {"binding", "placement"},
-    "replaced": {"binding", "state"},
-    "pictures": {"files", "scores", "selection"},
-    "comparison": {"selection", "scores"},
-    "scores": {"files", "selection", "layout", "pictures", "comparison"},
-    "representation": {"layout", "ops"},
-    "weights": {"layout", "locate", "mirrors"},
-    # score_heads takes paths: it opens them with integrations.checkpoints, imported on demand.
-    "scoring": {"ops", "layout", "scores", "weights", "representation", "integrations"},
-    "integrations": {"layout", "locate", "weights", "binding", "files", "mirrors", "optimizer", "ops", "representation", "scores",
-                     "scoring", "selection", "sliced", "state"},
-    "slices_file": {"binding", "files", "layout"},
-    "patch_file": {"selection", "slices_file"},
-    "patch_source": {"layout", "locate", "mirrors", "slices_file"},
-    "patch_make": {"binding", "patch_file", "patch_source", "selection", "slices_file"},
-    # save_patch takes a folder as the base: opened with patch_checkpoint, imported on demand.
-    "patch": {"binding", "mirrors", "patch_checkpoint", "patch_file", "patch_make", "patch_source", "selection", "slices_file"},
-    "patch_checkpoint": {"binding", "files", "integrations", "patch_file", "patch_make", "patch_source",
-                         "selection", "slices_file", "sparse"},
-    "patch_diff": {"binding", "patch_file", "slices_file"},
-    "sparse": {"slices_file"},
-    "export": {"files", "patch_checkpoint", "patch_file", "patch_make", "patch_source", "slices_file", "sparse"},
-    "patch_cli": {"export", "patch_checkpoint", "patch_diff", "patch_file", "patch_make", "selection"},
-    "demo": {"binding", "files", "pictures", "optimizer", "scoring", "weights"},
-    "cli": {"integrations", "patch_cli", "demo", "scores", "scoring", "selection"},
-    "__main__": {"cli"},
-    "__init__": set(),
+# A room imports only rooms that stand above it.
+ROOMS = ("csrc_triton", "tensors", "ops", "layout", "selection", "weights", "scoring", "optim", "slicing", "patching",
+         "integrations", "demo", "cli")
+FILES = {"__init__", "__main__", "version"}  # beside the rooms
+SIBLINGS = {"scoring", "optim", "slicing", "patching"}
+# What no first line can allow.
+FORBIDDEN = {"csrc_triton": set(ROOMS), "tensors": set(ROOMS), "layout": {"ops"}, "selection": {"ops"},
+             **{room: SIBLINGS - {room} for room in SIBLINGS}}
+# Packages that a room may import: when it is imported itself, and in functions.
+OUTSIDE = {
+    "": ("", ""),
+    "csrc_triton": ("triton", ""),
+    "tensors": ("torch", "safetensors"),
+    "ops": ("torch einops", "csrc_triton triton"),
+    "layout": ("torch einops numpy", "transformers"),
+    "selection": ("torch einops", ""),
+    "weights": ("torch einops", "safetensors transformers"),
+    "scoring": ("torch einops", "matplotlib numpy safetensors tqdm"),
+    "optim": ("torch einops", ""),
+    "slicing": ("torch einops", ""),
+    "patching": ("torch einops", "safetensors"),
+    "integrations": ("torch einops safetensors transformers", ""),
+    "cli": ("typer", "bench"),
+    "demo": ("torch einops", "gguf tokenizers tqdm transformers"),
 }
-# What a room may import from outside; a room that is not named here: anything installed.
-OUTSIDE = {"csrc_triton": {"triton"}, "ops": {"torch", "triton"}, "optimizer": {"torch"}, "arguments": {"torch"}, "state": {"torch"},
-           "saved_state": {"torch"}, "sharding": {"torch"}, "placement": {"torch"}, "replaced": {"torch"}, "guarding": {"torch"}, "cautions": {"torch"}, **{name: {"torch", "transformers"} for name in LOCATING}, "binding": {"torch"}, "selection": {"torch"}, "mirrors": {"torch"},
-           "sliced": {"torch"}, "sliceable": {"torch"}, "sliced_projection": {"torch"},
-           "files": set(), "__init__": set()}
-STANDARD = __import__("sys").stdlib_module_names
+# Files whose `import_module` takes computed names: of the public names, whose table is read, and of no room.
+COMPUTED = {"alps_kernels/__init__.py", "alps_kernels/demo/text.py"}
+LONGEST = 300
 
 
-def sources():
-    for path in sorted((ROOT / "alps_kernels").rglob("*.py")):
-        parts = path.relative_to(ROOT / "alps_kernels").with_suffix("").parts
-        yield path, parts[0]
-    for path in sorted((ROOT / "csrc_triton").rglob("*.py")):
-        yield path, "csrc_triton"
+class Import(NamedTuple):
+    """One import; `name` of `from module import name`; `runs`: when the file is imported, not in a function."""
+
+    line: int
+    module: str
+    name: str | None
+    runs: bool
 
 
-def imports(path):
-    """(module, names, is at the top of the file) of every import, absolute names."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    tree = ast.parse(path.read_text())
-    top = set(map(id, tree.body))
-    typing_only = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If)
-                   and ast.unparse(node.test) == "TYPE_CHECKING" for n in ast.walk(node)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, [], id(node) in top
-        elif isinstance(node, ast.ImportFrom):
-            base = package[:len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            yield module, [alias.name for alias in node.names], id(node) in top and id(node) not in typing_only
+@lru_cache(maxsize=None)
+def imports(text: str, package: str) -> tuple[Import, ...]:
+    """Every import of a file in `package`: lazy ones, typing-only ones and `import_module` too, absolute names."""
+    tree = ast.parse(text)
+    return tuple(_walk(tree, package.split("."), True)) + tuple(_public(tree) if package == "alps_kernels" else ())
 
 
-def rooms_of(module, names):
-    """The rooms of our own that an import reaches."""
-    head, *rest = module.split(".")
-    if head == "csrc_triton":
-        return {"csrc_triton"}
-    if head != "alps_kernels":
-        return set()
-    return {rest[0]} if rest else set(names) - {"__version__"}
+def _walk(node: ast.AST, package: list[str], runs: bool):
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(child.lineno, alias.name, None, runs) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            module = _absolute("." * child.level + (child.module or ""), package)
+            yield from (Import(child.lineno, module, alias.name, runs) for alias in child.names)
+        elif isinstance(child, ast.Call) and ast.unparse(child.func).split(".")[-1] in ("import_module", "__import__"):
+            yield Import(child.lineno, _named(child.args[0] if child.args else None, package), None, runs)
+        if isinstance(child, ast.If) and ast.unparse(child.test).split(".")[-1] == "TYPE_CHECKING":
+            yield from _walk(ast.Module(child.body, []), package, False)
+            yield from _walk(ast.Module(child.orelse, []), package, runs)
+        else:
+            lazy = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from _walk(child, package, runs and not lazy)
 
 
-@pytest.mark.parametrize("path, room", [pytest.param(p, r, id=str(p.relative_to(ROOT))) for p, r in sources()])
-def test_a_room_imports_only_what_its_arrows_allow(path, room):
-    assert room in ALLOWED, f"{room} is a new room: give it its arrows here"
-    for module, names, top in imports(path):
-        ours = rooms_of(module, names)
-        assert ours <= ALLOWED[room] | {room}, f"{path.name} imports {module} {names}"
-        head = module.split(".")[0]
-        if ours or head in ("alps_kernels", "csrc_triton") or head in STANDARD or head == "__future__":
+def _named(argument: ast.expr | None, package: list[str]) -> str:
+    """The module that a call imports, as far as its text says; "" for one that is computed."""
+    if isinstance(argument, ast.JoinedStr):
+        argument = argument.values[0]
+    written = isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+    return _absolute(argument.value.rstrip("."), package) if written else ""
+
+
+def _absolute(module: str, package: list[str]) -> str:
+    """A module that may be named from `package` on; one above the top of the package keeps its dots."""
+    name = module.lstrip(".")
+    dots = len(module) - len(name)
+    if not dots or dots > len(package):
+        return module
+    return ".".join([*package[:len(package) - dots + 1], *filter(None, [name])])
+
+
+def _public(tree: ast.Module):
+    """The public names, from the table {name: room} of the package's `__init__.py`, as imports in a function."""
+    for node in tree.body:
+        table = node.value if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) else ast.Dict([], [])
+        for key, value in zip(table.keys, table.values):
+            yield Import(key.lineno, f"alps_kernels.{value.value}", key.value, False)
+
+
+@lru_cache(maxsize=None)
+def exported(text: str) -> frozenset[str]:
+    """`__all__` of a face, where it is a plain list."""
+    for node in ast.parse(text).body:
+        named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        if named and isinstance(node.value, ast.List):
+            return frozenset(ast.literal_eval(node.value))
+    return frozenset()
+
+
+class House:
+    """The sources under a folder: text and imports by dotted module name."""
+
+    def __init__(self, root: Path):
+        self.files = {}
+        for path in sorted(p for top in ("alps_kernels", "csrc_triton") for p in (root / top).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            self.files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.relative_to(root).as_posix()
+        self.text = {module: (root / file).read_text() for module, file in self.files.items()}
+        self.packages = {module for module, file in self.files.items() if file.endswith("__init__.py")}
+        self.imports = {m: imports(text, m if m in self.packages else m.rpartition(".")[0])
+                        for m, text in self.text.items()}
+        self.faces = {room: room if room == "csrc_triton" else f"alps_kernels.{room}" for room in ROOMS}
+
+    def room(self, module: str) -> str:
+        """The room that a module is in; "" for what stands beside the rooms or is not ours."""
+        top, inner = (module.split(".") + [""])[:2]
+        return top if top == "csrc_triton" else inner if top == "alps_kernels" and inner not in FILES else ""
+
+    def target(self, found: Import) -> str:
+        """The module that an import takes its name from: a face where the face exports it, else a file."""
+        inner = f"{found.module}.{found.name}"
+        return inner if inner in self.files and found.name not in exported(self.text[found.module]) else found.module
+
+    def ours(self):
+        """(module, its room, the import, the room that the import reaches) of every import of our own files."""
+        for module, found in ((m, f) for m, all_of in self.imports.items() for f in all_of):
+            if found.module.split(".")[0] in ("alps_kernels", "csrc_triton"):
+                yield module, self.room(module), found, self.room(self.target(found))
+
+    def at(self, module: str, line: int) -> str:
+        return f"{self.files[module]}:{line}:"
+
+    def listed(self, room: str) -> list[str] | None:
+        """The rooms that the first line of a room's face lists."""
+        first = (ast.get_docstring(ast.parse(self.text[self.faces[room]])) or "").split("\n")[0]
+        line = re.search(r"Imports: ([a-z_, ]+)\.$", first)
+        return None if line is None else [] if line[1] == "nothing" else line[1].split(", ")
+
+
+def violations(root: Path) -> list[str]:
+    """What the sources under `root` break of the rules, one line each: file, line, what to do."""
+    house = House(root)
+    rules = (unknown_rooms, unlisted_and_stale, upwards, past_a_face, circles, too_long, not_of_this_room)
+    return [line for rule in rules for line in rule(house)]
+
+
+def unknown_rooms(house: House):
+    there = {house.room(module) for module in house.files} - {""}
+    for module in house.files:
+        room = house.room(module)
+        if room and (room not in ROOMS or house.faces[room] not in house.packages):
+            yield f"{house.at(module, 1)} {room} is not a room: move it into one, or give ROOMS a folder with a face"
+    yield from (f"alps_kernels: the room {room} is gone: take it out of ROOMS" for room in ROOMS if room not in there)
+
+
+def unlisted_and_stale(house: House):
+    """The first line is the table: what is imported stands in it, what stands in it is imported, from above."""
+    used = {room: {} for room in ROOMS}
+    for module, room, found, other in house.ours():
+        if room in used and other and other != room:
+            used[room].setdefault(other, house.at(module, found.line))
+    for room in ROOMS:
+        if room == "csrc_triton" or house.faces[room] not in house.files:
+            continue  # device code imports no room: FORBIDDEN
+        at, listed = house.at(house.faces[room], 1), house.listed(room)
+        if listed is None:
+            yield f'{at} the first line has to end in "Imports: a, b." or "Imports: nothing."'
             continue
-        assert OUTSIDE.get(room) is None or head in OUTSIDE[room], f"{path.name} imports {module}"
-        if room in LOCATING and head == "transformers":
-            assert not top, f"{path.name} imports transformers when it is itself imported"
+        for other, where in used[room].items():
+            if other not in listed:
+                yield f"{where} {room} imports {other}, which the first line of {at[:-3]} does not list: list it"
+        for other in listed:
+            if other not in ROOMS or ROOMS.index(other) >= ROOMS.index(room):
+                yield f"{at} lists {other}, which does not stand above {room}: turn the arrow round"
+            elif other not in used[room]:
+                yield f"{at} lists {other}, which no file of {room} imports: take it out"
 
 
-def test_the_table_has_no_room_that_is_gone():
-    assert set(ALLOWED) == {room for _, room in sources()}
+def upwards(house: House):
+    """The order of the rooms, and what no first line can allow."""
+    for module, room, found, other in house.ours():
+        if room not in ROOMS or other not in ROOMS or other == room:
+            continue
+        if ROOMS.index(other) > ROOMS.index(room):
+            yield f"{house.at(module, found.line)} {room} imports {other}, which stands below it: turn the arrow round"
+        if other in FORBIDDEN.get(room, ()) or (other == "csrc_triton" and room != "ops"):
+            yield f"{house.at(module, found.line)} {room} must know nothing of {other}"
 
 
-def test_only_ops_launches_kernels():
-    for path, room in sources():
-        for module, _, _ in imports(path):
-            if module.split(".")[0] in ("csrc_triton", "triton") and room not in ("ops", "csrc_triton"):
-                pytest.fail(f"{path.relative_to(ROOT)} imports {module}")
+def past_a_face(house: House):
+    """From outside a room: `from ..room import name`, where the face exports `name`, and nothing else."""
+    for module, room, found, other in house.ours():
+        at, asked = house.at(module, found.line), f"{found.module}.{found.name}" if found.name else found.module
+        if found.module not in house.files:
+            yield f"{at} imports {found.module}, which does not exist"
+        elif not other:
+            if found.module != "alps_kernels.version":
+                yield f"{at} imports {asked}: take the name from the face of its room"
+        elif other != room and other != "csrc_triton":
+            face = house.faces.get(other)
+            if found.module != face or found.name is None or found.name not in exported(house.text[face]):
+                yield f"{at} imports {asked} past the face of {other}: from ..{other} import a name of its __all__"
+    for room, face in house.faces.items():
+        for found in house.imports.get(face, ()):
+            if found.module == face and f"{face}.{found.name}" in house.files:
+                yield f"{house.at(face, found.line)} a face exports names, not files: import from .{found.name}"
+
+
+def circles(house: House):
+    """Files that import each other, by the shortest way round. A name of a face comes from its `__init__.py`."""
+    arrows = {module: set() for module in house.files}
+    for module, _, found, _ in house.ours():
+        parts = house.target(found).split(".")
+        reached = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+        inside = {".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 2)}
+        arrows[module] |= ((reached - inside) | {house.target(found)}) & set(house.files) - {module}
+    told = set()
+    for start in house.files:
+        ways, seen = [[start]], set()
+        for way in ways:  # grows while it is read: breadth first
+            if start in arrows[way[-1]]:
+                if frozenset(way) not in told:
+                    told.add(frozenset(way))
+                    round_trip = " -> ".join(house.files[module] for module in (*way, start))
+                    yield f"{house.at(start, 1)} a circle of imports: {round_trip}: move what both need into a third"
+                break
+            ways += [[*way, nxt] for nxt in sorted(arrows[way[-1]] - seen)]
+            seen |= arrows[way[-1]]
+
+
+def too_long(house: House):
+    for module, text in house.text.items():
+        if (n_lines := len(text.splitlines())) > LONGEST:
+            yield f"{house.at(module, n_lines)} {n_lines} lines, {LONGEST} at most: find the concept that is missing"
+
+
+def not_of_this_room(house: House):
+    """Packages that are not ours: which room may import which, and when."""
+    for module, found in ((m, f) for m, all_of in house.imports.items() for f in all_of):
+        package, room, at = found.module.split(".")[0], house.room(module), house.at(module, found.line)
+        if found.module.startswith("."):
+            yield f"{at} imports {found.module}, above the top of the package: write the import absolute"
+        elif not package and house.files[module] not in COMPUTED:
+            yield f"{at} imports a module by a name that is computed: write the name out"
+        if package in sys.stdlib_module_names or package in ("alps_kernels", room, ""):
+            continue
+        first, lazily = (words.split() for words in OUTSIDE.get(room, ("", "")))
+        if package not in (*first, *lazily):
+            yield f"{at} imports {package}, which {room or 'the package itself'} may not: see OUTSIDE"
+        elif found.runs and package not in first:
+            yield f"{at} imports {package} when it is itself imported: import it in the function that needs it"
+
+
+def also(*rooms: str):
+    """A face whose first line lists these rooms too."""
+    return lambda text: text.replace("Imports: ", f"Imports: {', '.join(rooms)}, ", 1)
+
+
+def lazily(line: str) -> str:
+    return f"def f():\n    {line}\n"
+
+
+def for_types(line: str) -> str:
+    return f"from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    {line}\n"
+
+
+def face(room: str) -> str:
+    return f"alps_kernels/{room}/__init__.py"
+
+
+def new(room: str) -> str:
+    return f"alps_kernels/{room}/planted.py"
+
+
+A, B, DEVICE, P = new("tensors"), "alps_kernels/tensors/planted_b.py", "csrc_triton/planted.py", new("patching")
+PAST = f"{P}:1: imports alps_kernels."
+# What has to be said, and of what: texts of files, or edits of the texts that they have.
+PLANTED = {
+    "an import of a room below": (f"{A}:1: tensors imports layout, which stands below it",
+                                  {A: "from ..layout import find_heads"}),
+    "a lazy import of a room below": (f"{new('ops')}:2: ops imports optim, which stands below it",
+                                      {new("ops"): lazily("from ..optim import HeadAdamW")}),
+    "a sibling, though listed": (f"{P}:1: patching must know nothing of scoring",
+                                 {P: "from ..scoring import score_heads", face("patching"): also("scoring")}),
+    "ops in selection, though listed": (
+        "selection must know nothing of ops",
+        {new("selection"): "from ..ops import METRICS", face("selection"): also("ops")}),
+    "an arrow that is not listed": (f"weights imports selection, which the first line of {face('weights')}",
+                                    {new("weights"): "from ..selection import HeadSelection"}),
+    "a listed arrow that nothing needs": (f"{face('weights')}:1: lists selection, which no file of weights imports",
+                                          {face("weights"): also("selection")}),
+    "a listed arrow upwards": (f"{face('weights')}:1: lists cli, which does not stand above weights",
+                               {face("weights"): also("cli")}),
+    "a face that lists nothing": (f"{face('weights')}:1: the first line has to end in",
+                                  {face("weights"): lambda text: text.replace("Imports: ", "Needs: ", 1)}),
+    "a file behind a face": (f"{PAST}layout.planted.x past", {P: "from ..layout.planted import x"}),
+    "the same, absolute": (f"{PAST}layout.planted.x past", {P: "from alps_kernels.layout.planted import x"}),
+    "the same, by its path": (f"{PAST}layout.planted past", {P: "import alps_kernels.layout.planted"}),
+    "the same, the file itself": (f"{PAST}layout.planted past", {P: "from ..layout import planted"}),
+    "the same, lazily": (f"{P}:2: imports alps_kernels.layout.planted.x past",
+                         {P: lazily("from ..layout.planted import x")}),
+    "the same, for types": (f"{P}:4: imports alps_kernels.layout.planted.x past",
+                            {P: for_types("from ..layout.planted import x")}),
+    "the same, by import_module": (f"{P}:2: imports alps_kernels.layout.planted past",
+                                   {P: lazily("importlib.import_module('alps_kernels.layout.planted')")}),
+    "the same, by import_module, relative": (f"{P}:2: imports alps_kernels.layout.planted past",
+                                             {P: lazily("import_module('..layout.planted', __package__)")}),
+    "a part of ops": (f"{PAST}ops.adamw.head_adamw_ past the face of ops", {P: "from ..ops.adamw import head_adamw_"}),
+    "a name that is not exported": (f"{PAST}layout.sum_of_nothing past", {P: "from ..layout import sum_of_nothing"}),
+    "every name of a face": (f"{PAST}layout.* past", {P: "from ..layout import *"}),
+    "a whole room": (f"{PAST}layout past", {P: "from .. import layout"}),
+    "the package's own face": (f"{PAST}find_heads: take the name", {P: "from .. import find_heads"}),
+    "a public name of a file": (
+        "alps_kernels.optim.state.HeadAdamW past the face of optim",
+        {"alps_kernels/__init__.py": lambda text: text.replace('"HeadAdamW": "optim"', '"HeadAdamW": "optim.state"')}),
+    "a face that exports a file": ("a face exports names, not files",
+                                   {face("layout"): lambda text: text + "from . import planted\n"}),
+    "a file that is gone": (f"{A}:2: imports alps_kernels.tensors.gone, which does not exist",
+                            {A: lazily("from .gone import x")}),
+    "an import above the top": (f"{P}:2: imports ...bench.common, above the top",
+                                {P: lazily("from ...bench.common import x")}),
+    "a circle of two files": (f"a circle of imports: {A} -> {B} -> {A}",
+                              {A: "from .planted_b import y", B: lazily("from .planted import x")}),
+    "a circle for types alone": (f"a circle of imports: {A} -> {B} -> {A}",
+                                 {A: "from .planted_b import y", B: for_types("from .planted import x")}),
+    "a circle through a face": (f"a circle of imports: {face('tensors')} -> {A} -> {face('tensors')}",
+                                {A: lazily("from . import Ranges"),
+                                 face("tensors"): lambda text: text + "from .planted import f\n"}),
+    "301 lines": (f"{A}:301: 301 lines, 300 at most", {A: "x = 1\n" * 301}),
+    "301 lines of device code": (f"{DEVICE}:301: 301 lines", {DEVICE: "x = 1\n" * 301}),
+    "a folder that is no room": ("utils is not a room", {face("utils"): '"""Things. Imports: nothing."""'}),
+    "a file beside the rooms": ("kernels/planted.py:1: planted is not a room", {"alps_kernels/planted.py": "x = 1"}),
+    "triton outside ops": (f"{new('optim')}:2: imports triton, which optim may not",
+                           {new("optim"): lazily("import triton")}),
+    "triton when ops is imported": (f"{new('ops')}:1: imports triton when it is itself imported",
+                                    {new("ops"): "import triton"}),
+    "device code outside ops": (f"{P}:2: patching must know nothing of csrc_triton", {P: lazily("import csrc_triton")}),
+    "torch in device code": (f"{DEVICE}:1: imports torch, which csrc_triton may not", {DEVICE: "import torch"}),
+    "a room in device code": ("csrc_triton must know nothing of tensors",
+                              {DEVICE: "from alps_kernels.tensors import Ranges"}),
+    "transformers when layout is imported": (
+        f"{new('layout')}:2: imports transformers when it is itself imported",
+        {new("layout"): "try:\n    import transformers\nexcept ImportError:\n    pass\n"}),
+    "a module whose name is computed": (f"{A}:1: imports a module by a name that is computed",
+                                        {A: "f = [importlib.import_module(name) for name in 'ab']"}),
+}
+
+
+def test_the_package_keeps_every_rule():
+    assert not violations(ROOT), "\n".join(violations(ROOT))
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_rule_that_is_broken_is_reported(fault, tmp_path):
+    for top in ("alps_kernels", "csrc_triton"):
+        shutil.copytree(ROOT / top, tmp_path / top, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / new("layout")).write_text("x = 1\n")  # allowed as it is
+    before, (expected, files) = set(violations(tmp_path)), PLANTED[fault]
+    assert before == set(violations(ROOT))
+    for file, text in files.items():
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text if isinstance(text, str) else text(path.read_text()))
+    found = sorted(set(violations(tmp_path)) - before)
+    assert any(expected in line for line in found), found
+
+
+@pytest.mark.parametrize("folder", ["bench", "examples"])
+def test_users_of_the_package_import_from_faces(folder):
+    house = House(ROOT)
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for found in imports(path.read_text(), folder):
+            room = house.room(found.module)
+            if room and room != "demo":  # its files are used as they are
+                assert found.module == house.faces[room] and found.name in exported(house.text[found.module]), \
+                    f"{path.relative_to(ROOT)}:{found.line} imports {found.module}.{found.name}"

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 import alps_kernels as alps
-from alps_kernels.integrations import callback as one_run, wrapped
+from alps_kernels.integrations import callback as one_run, resume as resuming
 
 from .cases import adamw, assert_only_moved, assert_same, data, model, some_heads, trainer
 
@@ -25,7 +25,7 @@ class Spy(TrainerCallback):
 
     def on_step_end(self, args, state, control, model, optimizer, **kwargs):
         if state.global_step == self.at:
-            inner = wrapped.unwrap_optimizer(optimizer)
+            inner = resuming.unwrap_optimizer(optimizer)
             self.models.append(copy.deepcopy(model))
             names = {param: name for name, param in model.named_parameters()}
             self.states.append({names[param]: {key: value.clone() for key, value in entry.items()}
@@ -246,7 +246,7 @@ def test_what_a_resume_needs_is_missed_by_name(tmp_path):
 
 
 def following(of):
-    optimizer = wrapped.FollowingHeadAdamW(of.parameters(), lr=1e-2)
+    optimizer = resuming.FollowingHeadAdamW(of.parameters(), lr=1e-2)
     batch = {key: torch.stack([row[key] for row in data()[:4]]) for key in ("input_ids", "labels")}
     of(**batch).loss.backward()
     return optimizer

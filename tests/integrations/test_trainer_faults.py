@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alps_kernels.integrations import callback, finetune, start, trainer as using, wrapped
+from alps_kernels.integrations import callback, finetune, resume as resuming, start_weights, trainer as using
 from tests.integrations import test_callback, test_finetune, test_trainer
 
 from ..support.mutants import plant
@@ -52,13 +52,13 @@ FAULTS = {
     "eps of the optimizer's own": (using, ', "eps": args.adam_epsilon}', "}", given),
     "said at every resume": (using, "if state.global_step == 0:", "if True:", lambda folder: (
         test_trainer.test_resume_is_bit_equal("float32", folder))),
-    "whole parameters counted as trained": (wrapped, '"alps_trained": bound.numel,',
+    "whole parameters counted as trained": (callback, '"alps_trained": bound.numel,',
                                             '"alps_trained": sum(p.param.numel() for p in bound.params),', share),
     "nothing restored": (callback, 'if options["restore"] == "base":', "if False:", switch()),
     "restored where it should be kept": (callback, 'if options["restore"] == "base":', "if True:", switch(keep="keep")),
-    "kept heads restored too": (start, "stays = merge((*keep.get(part.name, ()), *complement(part.ranges, part.extent)))",
-                                "stays = complement(part.ranges, part.extent)", switch()),
-    "restored to the wrong rows": (start, "lost.blocks(start[part.name])", "[b.roll(1, 0) for b in lost.blocks(start[part.name])]",
+    "kept heads restored too": (start_weights, "intersect(part.ranges, complement(keep.get(part.name, ()), part.extent))",
+                                "part.ranges", switch()),
+    "restored to the wrong rows": (start_weights, "lost.blocks(start[part.name])", "[b.roll(1, 0) for b in lost.blocks(start[part.name])]",
                                    switch()),
     "the state not shrunk": (callback, "        optimizer.set_heads(kept)\n", "", switch()),
     "gradients of dropped heads still wanted": (callback, "        self._narrow(args, model)\n", "", switch(ratio=0.125)),
@@ -66,7 +66,7 @@ FAULTS = {
     "the lowest heads kept": (callback, 'heads = scores.top(options["ratio"], ', 'heads = ~scores.top(1 - options["ratio"], ',
                               switch()),
     "scored without masters": (callback, "{} if optimizer is None else masters(optimizer, self._start)", "{}", masters),
-    "masters joined in the wrong place": (wrapped, "part.spread(low.reshape(-1), dense)",
+    "masters joined in the wrong place": (resuming, "part.spread(low.reshape(-1), dense)",
                                           "part.spread(low.reshape(-1).flip(0), dense)", masters),
     "the switch one step late": (callback, 'state.global_step >= self.options["warmup_steps"]',
                                  'state.global_step > self.options["warmup_steps"]', switch()),
@@ -74,10 +74,10 @@ FAULTS = {
                                   "{part.name: part.param.detach().clone() for part in warm.params}", resume()),
     "the selection forgotten on resume": (callback, 'if self.saved["heads"] is not None:', "if False:",
                                           resume(options={"restore": "keep"})),
-    "the digest not compared": (start, "if digest(start) != expected or ", "if ", missed),
-    "the file's selection not followed": (wrapped, "None if self.state else self._told(state_dict)", "None", resume()),
-    "followed in the middle of a run": (wrapped, "None if self.state else self._told(state_dict)", "self._told(state_dict)", follow),
-    "followed out of what trains": (wrapped, "or not _within(part, ours[param])", "", follow),
+    "the digest not compared": (start_weights, "if digest_of_tensors(start) != expected or ", "if ", missed),
+    "the file's selection not followed": (resuming, "None if self.state else self._narrower(state_dict)", "None", resume()),
+    "followed in the middle of a run": (resuming, "None if self.state else self._narrower(state_dict)", "self._narrower(state_dict)", follow),
+    "followed out of what trains": (resuming, "or not _within(part, ours[param])", "", follow),
     "the task model is the base": (finetune, "task = copy.deepcopy(base)", "task = base", stages),
     "the heads' run sees the share alone": (finetune, "_fit_heads(model, heads, train_dataset,", "_fit_heads(model, heads, train_dataset[:24],",
                                             test_finetune.test_the_data_of_the_task_is_part_of_the_whole),

@@ -1,39 +1,32 @@
-"""The AdamW kernel under the interpreter: the formula in float64, the reference's bits, frozen bytes."""
-
-from dataclasses import replace
+"""The AdamW kernel under the interpreter: the formula in float64, the oracle's bits, frozen bytes."""
 
 import pytest
 import torch
 from torch import nn
 
-from alps_kernels.ops import head_grad_norm
-from alps_kernels.ops.adamw import op as head_adamw, tables as adamw_tables
+from alps_kernels.ops import head_adamw_, head_grad_norm, join
+from alps_kernels.ops.adamw import op, oracle, tables
 from alps_kernels.optim import HeadAdamW
 from alps_kernels.selection import BoundParam
 from alps_kernels.tensors import synced_slice_of
 from tests.optim.cases import (
-    assert_frozen,
-    bind,
-    fill_grads,
-    make,
-    mirrored_module,
-    oracle,
-    run,
-    same_bytes,
-    selection,
-    snapshot,
-    toy,
+    assert_frozen, bind, fill_grads, formula, make, run, same_bytes, selection, sliced_module, snapshot, toy,
 )
 
 EIGHT = "8bit"
 ALIGNED = dict(rows=((0, 8), (16, 24)), cols=((0, 8), (16, 24)), bias=((8, 24),))
 ODD = dict(rows=((0, 7), (15, 24)), cols=((0, 5), (16, 19)), bias=((7, 20),))
-# float32: the kernel and the reference each round a dozen times; float16 and bfloat16 add the store
+# float32: the kernel and the oracle each round a dozen times; float16 and bfloat16 add the store
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
+@pytest.fixture(autouse=True)
+def backend_torch_is_the_oracle(monkeypatch):
+    monkeypatch.setattr(op, "cpu", oracle)
+
+
 def pair(dtype, ranges, seed=0, **options):
-    """The same run on the kernel and on the reference: (params, optimizer) of each."""
+    """The same run on the kernel and on the oracle: (params, optimizer) of each."""
     made = []
     for backend in ("triton", "torch"):
         params, _ = toy(dtype, seed=seed)
@@ -43,10 +36,10 @@ def pair(dtype, ranges, seed=0, **options):
     return made
 
 
-def agree(kernel, reference, dtype):
+def agree(kernel, plain, dtype):
     """16-bit weights bit for bit, but where float32 roundings fall on two sides of a tie: one in 500."""
     for name in kernel:
-        a, b = kernel[name].detach(), reference[name].detach()
+        a, b = kernel[name].detach(), plain[name].detach()
         gap = (a.double() - b.double()).abs()
         assert gap.max() <= TOLERANCE[dtype] * max(1.0, b.double().abs().max().item()), name
         if dtype != torch.float32:
@@ -109,8 +102,8 @@ def test_tiles_of_any_size_give_the_same_bits(ranges, moments, monkeypatch):
     """Random numbers count state elements and scales count 64s of a block: neither knows of tiles."""
     results = []
     for tile in (1024, 512, 2048):
-        monkeypatch.setattr(adamw_tables, "TILE", tile)
-        monkeypatch.setattr(head_adamw, "TILE", tile)
+        monkeypatch.setattr(tables, "TILE", tile)
+        monkeypatch.setattr(op, "TILE", tile)
         params, optimizer = large("triton", ranges, master="stochastic", moment_dtype=moments)
         results.append([*params.values(), *(t for s in optimizer.state.values() for t in list(s.values())[1:])])
     assert all(same_bytes(a, b) and same_bytes(a, c) for a, b, c in zip(*results, strict=True))
@@ -125,7 +118,7 @@ def test_tiles_of_any_size_give_the_same_bits(ranges, moments, monkeypatch):
 def test_a_leaf_writes_its_weight_and_moves_as_the_unsliced_weight(dim, ranges, backend, dtype, master, moments):
     """Bit for bit, in one launch, and the rest of the weight stays."""
     weight = torch.randn(48, 56, generator=torch.Generator().manual_seed(0)).to(dtype)
-    module, whole = mirrored_module(weight.clone(), dim, ranges), nn.Parameter(weight.clone())
+    module, whole = sliced_module(weight.clone(), dim, ranges), nn.Parameter(weight.clone())
     leaf = module.weight_slice
     part = BoundParam("w", whole, dim, ranges)
     options = dict(lr=1e-2, weight_decay=0.1, master=master, moment_dtype=moments, max_grad_norm=0.7)
@@ -150,17 +143,15 @@ def test_head_adamw_is_the_formula_in_float64(dtype):
         fill_grads(params, optimizer.heads, generator)
         grads.append({name: p.grad.clone() for name, p in params.items()})
         optimizer.step()
-    for name, want in oracle(start, optimizer.heads, grads).items():
+    for name, want in formula(start, optimizer.heads, grads).items():
         error = (params[name].detach().double() - want).abs()
         assert (error <= (want.abs() * torch.finfo(dtype).eps + 1e-6)).all(), name
 
 
-def test_the_split_master_is_bit_equal_to_the_reference_run():
+def test_the_split_master_is_bit_equal_to_the_oracles():
     (params, optimizer), (other, plain) = pair(torch.bfloat16, ALIGNED, lr=2e-5)
     for p, o in ((params, optimizer), (other, plain)):
         run(p, o, o.heads, 3)
-    from alps_kernels.ops import join
-
     for part in optimizer.heads.params:
         mine, theirs = (join(part.cut(p[part.name].detach()), o.state[p[part.name]]["master_lo"].reshape(-1))
                         for p, o in ((params, optimizer), (other, plain)))
@@ -201,27 +192,23 @@ def test_scaling_and_clipping(ranges):
 
 def test_the_gradient_norm_is_of_the_selection_and_repeats():
     (params, optimizer), _ = pair(torch.float32, ALIGNED)
-    caught = []
     fill_grads(params, optimizer.heads, torch.Generator().manual_seed(0), outside=float("inf"))
-    original = optimizer._control
-    optimizer._control = lambda updates, found: caught.append([replace(u) for u in updates]) or original(updates, found)
-    optimizer.step()
-    norms = [head_grad_norm(caught[0], backend="triton").item() for _ in range(2)]
+    updates = optimizer._ready().updates
+    norms = [head_grad_norm(updates, backend="triton").item() for _ in range(2)]
     want = torch.cat([part.cut(part.param.grad) for part in optimizer.heads.params]).double().norm().item()
     assert norms[0] == norms[1] == pytest.approx(want, rel=1e-6)
+    assert oracle.head_grad_norm(updates).item() == pytest.approx(want, rel=1e-12)
 
 
 def test_skip_flag_of_the_device_moves_nothing():
-    from alps_kernels.ops import head_adamw_
-
     (params, optimizer), _ = pair(torch.float32, ALIGNED)
-    caught = []
-    optimizer._control = lambda updates, found: caught.append([replace(u) for u in updates]) or torch.tensor([1.0, 1.0])
     before = snapshot(params)
-    run(params, optimizer, optimizer.heads, 1)
+    fill_grads(params, optimizer.heads, torch.Generator().manual_seed(1))
+    cache = optimizer._ready()
+    head_adamw_(cache.updates, cache.hypers(), control=torch.tensor([1.0, 1.0]), backend="triton")
     assert all(same_bytes(params[name], before[name]) for name in params)
-    assert not any(state["exp_avg"].any() for state in optimizer.state.values())
-    head_adamw_(caught[0], optimizer._arguments.numbers(), backend="triton")
+    assert not any(state["exp_avg"].any() for state in cache.states)
+    head_adamw_(cache.updates, cache.hypers(), backend="triton")
     assert_frozen(params, before, optimizer.heads)
 
 

@@ -8,7 +8,7 @@ from tests.interpreted import test_head_delta_kernel as checks
 from tests.interpreted.test_head_delta_kernel import small_tiles  # noqa: F401, the fixture
 from tests.support.mutants import plant, plant_kernel
 
-KERNELS, SUMS, PROJECTION, NUMERICS = "head_delta.py", "delta_sums.py", "head_projection.py", "numerics.py"
+KERNELS, SUMS, PROJECTION, SERIES = "head_delta.py", "delta_sums.py", "head_projection.py", "series.py"
 tiles = lambda: checks.test_every_metric_equals_the_oracle(16, 40, "", torch.float32)  # noqa: E731
 pairs = lambda: checks.test_every_metric_equals_the_oracle(16, 40, "", torch.bfloat16)  # noqa: E731
 tail = lambda: checks.test_every_metric_equals_the_oracle(3, 21, "", torch.float32)  # noqa: E731
@@ -17,7 +17,7 @@ near = lambda: checks.test_small_differences_survive(4e-3)  # noqa: E731, just w
 project = lambda: checks.test_projection_equals_the_oracle(20, 24, 33)  # noqa: E731
 
 FAULTS = {
-    "carry between tiles is lost": (KERNELS, "state = (start[0],", "state = (start[0] * 0.0,", tiles),
+    "carry between tiles is lost": (KERNELS, "state = (start[START_CARRY],", "state = (start[START_CARRY] * 0.0,", tiles),
     "carry between chunks is lost": (KERNELS, "return carry + tl.sum(whole, axis=0), steps", "return carry, steps", tiles),
     "a lane's second half starts where its first does": (KERNELS, "before + half, right", "before, right", tiles),
     "a lane's changes come twice": (KERNELS, "(tl.cumsum(whole, axis=0) - whole)", "tl.cumsum(whole, axis=0)", tiles),
@@ -30,7 +30,7 @@ FAULTS = {
     "a masked element counts in pass A": (KERNELS, "< there, e, 0.0)", "< BLOCK, e, 0.0)", tail),
     "a masked element counts in pass B": (SUMS, "e = tl.where(mask, e, 0.0)", "pass", tail),
     "a head's last element counts": (SUMS, "steps = tl.where(counted, steps, 0.0)", "steps = steps + tl.where(counted, 0.0, 1.0)", tail),
-    "the task's row stride is the base's": (KERNELS, "tl.load(segment + 5)", "tl.load(segment + 3)",
+    "the task's row stride is the base's": (KERNELS, "tl.load(segment + SEGMENT_TASK_ROW)", "tl.load(segment + SEGMENT_BASE_ROW)",
                                             checks.test_each_model_has_strides_of_its_own),
     "a tile starts at its row's first column": (KERNELS, "(start % cols).to(tl.int32)", "0",
                                                 lambda: checks.test_every_metric_equals_the_oracle(1, 257, "", torch.float32)),
@@ -38,29 +38,29 @@ FAULTS = {
     "change of k and v is left out": (PROJECTION, "        dw = tl.dot(qb_rows, md, acc=dw, input_precision=PRECISION)\n", "", project),
     "change of q meets the base's k and v": (PROJECTION, "tl.dot(tl.trans(qt - qb), mt,", "tl.dot(tl.trans(qt - qb), mb,", project),
     "columns beyond d_v": (PROJECTION, "offs_m = group * (D_K * D_V) + ks * D_V", "offs_m = group * (D_K * D_V) + ks * V_PAD", project),
-    "a projection's carry is lost": (PROJECTION, "before = start[0] +", "before = 0.0 * start[0] +", project),
+    "a projection's carry is lost": (PROJECTION, "before = start[START_CARRY] +", "before = 0.0 * start[START_CARRY] +", project),
     "a partial tile is taken as full": (None, "full = (count == BLOCK) & flat", "full = count > 0",
                                         checks.test_grouped_heads_several_segments_and_layers_of_other_shapes),
     "partial tiles are left out": (None, "for which in (full, ~full):", "for which in (full,):", tail),
     "pass B takes pass A's order for its own": (KERNELS, "(tl.num_programs(0) - 1 - tl.program_id(0))", "(tl.num_programs(0) // 2)", tiles),
     "the short series of expm1 for any change": (KERNELS, "if farthest > TAYLOR:", "if farthest > 1000.0:", large),
-    "the short series of pass B for any change": (KERNELS, "if start[4] <= TAYLOR:", "if start[4] <= 1000.0:", large),
+    "the short series of pass B for any change": (KERNELS, "if start[START_FAR] <= TAYLOR:", "if start[START_FAR] <= 1000.0:", large),
     "a bound that bounds nothing": (SUMS, "tl.sqrt(tl.max(tl.ravel(dd), axis=0)) * inv_tau", "tl.sqrt(tl.max(tl.ravel(dd), axis=0)) * 0.0", large),
     "the unit of e is forgotten": (None, "unit = shift.double().neg().exp2()", "unit = shift.double() * 0 + 1", tiles),
-    "a wrong term of the short KL": (NUMERICS, "tl.fma(m3, -0.16667582", "tl.fma(m3, 0.16667582", near),
-    "a wrong term of the short JS": (NUMERICS, "tl.fma(m3, -0.062504292", "tl.fma(m3, 0.062504292", near),
-    "the fourth powers are left out": (NUMERICS, "m4 * growth * growth", "m4 * 0.0", near),
-    "the growth of Z is left out": (NUMERICS, "return kl * growth * growth, js", "return kl, js", near),
+    "a wrong term of the short KL": (SERIES, "tl.fma(m3, -0.16667582", "tl.fma(m3, 0.16667582", near),
+    "a wrong term of the short JS": (SERIES, "tl.fma(m3, -0.062504292", "tl.fma(m3, 0.062504292", near),
+    "the fourth powers are left out": (SERIES, "m4 * growth * growth", "m4 * 0.0", near),
+    "the growth of Z is left out": (SERIES, "return kl * growth * growth, js", "return kl, js", near),
     "divergences of weights that are not there": (SUMS, "weighted = e * square", "weighted = square", near),
-    "a coarse expm1": (NUMERICS, "inv_tau * inv_tau * inv_tau * 0.16666667", "inv_tau * 0.0", near),
-    "a wrong term of expm1's long series": (NUMERICS, "x * (4.1666668e-2 + x * series)", "x * (4.1666668e-3 + x * series)", large),
-    "a wrong sign in the KL series": (NUMERICS, "small = d * d * (0.5 - d * s)", "small = d * d * (0.5 + d * s)", large),
+    "a coarse expm1": (SERIES, "inv_tau * inv_tau * inv_tau * 0.16666667", "inv_tau * 0.0", near),
+    "a wrong term of expm1's long series": (SERIES, "x * (4.1666668e-2 + x * series)", "x * (4.1666668e-3 + x * series)", large),
+    "a wrong sign in the KL series": (SERIES, "small = d * d * (0.5 - d * s)", "small = d * d * (0.5 + d * s)", large),
     "carries include their own tile": (None, "change.cumsum(1) - change", "change.cumsum(1)", tiles),
     "segments share their slots": (None, "first_slot = first_slot + len(start)", "first_slot = first_slot + 0",
                                    checks.test_grouped_heads_several_segments_and_layers_of_other_shapes),
     "layers share their groups": (None, "first + pairs[pair]", "pairs[pair]", project),
     "a flat tile's address counts elements": (None, "start * side.element_size()", "start", tiles),
-    "unsound heads pass": (None, "self.squares[:, 0].isfinite()", "(self.squares[:, 0] == self.squares[:, 0])",
+    "unsound heads pass": (None, "self.squares[0].isfinite()", "(self.squares[0] == self.squares[0])",
                            lambda: checks.test_unsound_weights_are_refused_by_head("task", float("inf"))),
     "faint logits pass": (None, "(self.top > 1 / RANGE)", "(self.top >= 0)", lambda: checks.test_logits_out_of_range(-95.0)),
     "loud logits pass": (None, "(self.top < RANGE)", "(self.top < 1e36)", lambda: checks.test_logits_out_of_range(80.0)),
@@ -74,9 +74,9 @@ LEFT_OVER = ("faint logits pass", "loud logits pass", "sums that are no numbers 
 
 @pytest.fixture
 def kernels_alone(monkeypatch):
-    """A head that a fault sends to the reference is a fault seen."""
+    """A head that a fault sends to the CPU backend is a fault seen."""
     def refuse(*_, **__):
-        raise AssertionError("left to the reference")
+        raise AssertionError("left to the CPU backend")
 
     monkeypatch.setattr(cpu, "head_delta", refuse)
     monkeypatch.setattr(cpu, "head_delta_projection", refuse)

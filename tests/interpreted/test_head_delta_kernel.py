@@ -1,10 +1,11 @@
-"""The scoring kernels, run by the interpreter, against a long-double oracle."""
+"""The scoring kernels, run by the interpreter, against the oracle and against long doubles."""
 
 import pytest
 import torch
+from einops import rearrange
 
 from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
-from alps_kernels.ops.delta import cpu, tables as delta_tables
+from alps_kernels.ops.delta import cpu, oracle as plain, tables as delta_tables
 from tests.ops.delta_oracle import oracle, projection_oracle, stored_oracle
 
 TOLERANCE = 1e-6  # relative, every metric; DESIGN asks for 1.5e-5 and aims at this
@@ -25,12 +26,12 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def left_over(request, monkeypatch):
-    """The kernels leave no head to the reference but in tests of such heads."""
+    """The kernels leave no head to the CPU backend but in tests of such heads."""
     heads = []
     for name in ("head_delta", "head_delta_projection"):
-        plain = getattr(cpu, name)
-        monkeypatch.setattr(cpu, name, lambda layers, metrics, plain=plain, **options: (
-            heads.extend(layers[0][0].index), plain(layers, metrics, **options))[1])
+        backend = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda layers, metrics, backend=backend, **options: (
+            heads.extend(layers[0][0].index), backend(layers, metrics, **options))[1])
     yield
     assert not heads or request.node.originalname in LEFT_OVER
 
@@ -57,7 +58,9 @@ def close(found, expected, metrics=SUMMED):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_metric_equals_the_oracle(rows, cols, why, dtype):
     layer = [segment(2, rows, cols, dtype=dtype, delta=1e-2)]
-    close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
+    found = head_delta([layer], SUMMED, backend="triton")
+    close(found, stored_oracle([layer]))
+    close(found, plain.head_delta([layer], SUMMED))
 
 
 @pytest.mark.parametrize("delta", [1e-2, 4e-3, 1e-3, 1e-4, 1e-5])  # 4e-3: just within the short series of expm1
@@ -70,12 +73,14 @@ def test_grouped_heads_several_segments_and_layers_of_other_shapes():
     group = (0, 0, 1, 1)
     first = [segment(4, 8, 32), segment(2, 8, 32, group, seed=1), segment(2, 4, 32, group, seed=2)]
     second = [segment(2, 5, 13, seed=3), segment(1, 5, 13, (0, 0), seed=4)]
-    close(head_delta([first, second], SUMMED, backend="triton"), stored_oracle([first, second]))
+    found = head_delta([first, second], SUMMED, backend="triton")
+    close(found, stored_oracle([first, second]))
+    close(found, plain.head_delta([first, second], SUMMED))
 
 
 def test_transposed_views_are_read_in_their_own_order():
     base, task = pair(1, 24, 24)
-    blocks = [side[0].t().unflatten(0, (3, 8)) for side in (base, task)]  # a Conv1D weight, [heads, 8, 24]
+    blocks = [rearrange(side[0], "m (head d) -> head d m", head=3) for side in (base, task)]  # of a Conv1D weight
     layer = [Segment(*blocks, (0, 1, 2))]
     close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
 
@@ -106,6 +111,7 @@ def test_projection_equals_the_oracle(d_k, d_v, d):
     other = (segment(2, d_k, d, seed=3), segment(2, d_k, d, seed=4), segment(2, d_v, d, seed=5))
     found = head_delta_projection([layer, other], SUMMED, backend="triton")
     close(found, projection_oracle([layer, other]))
+    close(found, plain.head_delta_projection([layer, other], SUMMED))
 
 
 def test_identical_models_score_exactly_zero():

@@ -1,6 +1,7 @@
-"""What `head_delta` means: the reference against long doubles, the released definition, seeded faults."""
+"""The CPU backend against long doubles, the oracle and the released definition; seeded faults."""
 
 import gc
+import importlib
 import time
 import weakref
 
@@ -10,7 +11,7 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
-from alps_kernels.ops.delta import cpu as reference_scoring, small_changes as reference_near, workers
+from alps_kernels.ops.delta import cpu, large_changes, oracle, small_changes, tables, workers
 from tests.ops.delta_oracle import projection_oracle, stored_oracle
 from tests.support.mutants import plant
 
@@ -56,6 +57,30 @@ def test_projection_is_exact(dtype, delta):
     layer = (segment(3, 32, 96, delta=delta, dtype=dtype), segment(2, 32, 96, group, delta, dtype, 1),
              segment(2, 24, 96, group, delta, dtype, 2))
     close(head_delta_projection([layer], METRICS), projection_oracle([layer]))
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["head_delta", "head_delta_projection"])
+def test_both_oracles_and_the_cpu_backend_agree(name, dtype, delta):
+    group = (0, 0, 1)
+    layer = (segment(3, 32, 96, delta=delta, dtype=dtype), segment(2, 32, 96, group, delta, dtype, 1),
+             segment(2, 24, 96, group, delta, dtype, 2))
+    plain = getattr(oracle, name)([layer, layer], METRICS)
+    close(plain, {"head_delta": stored_oracle, "head_delta_projection": projection_oracle}[name]([layer, layer]))
+    close(getattr(cpu, name)([layer, layer], METRICS), plain)
+
+
+@pytest.mark.parametrize("file, prefix, row", [
+    ("head_delta", "TILE", tables.TileRow), ("head_delta", "SEGMENT", tables.SegmentRow),
+    ("head_projection", "HEAD", tables.HeadRow), ("delta_sums", "STAT", tables.StatRow),
+    ("delta_sums", "START", tables.StartRow), ("delta_sums", "SCAN", tables.ScanRow)])
+def test_kernels_and_host_name_the_same_columns(file, prefix, row):
+    found = {name.removeprefix(f"{prefix}_").lower(): constant.value
+             for name, constant in vars(importlib.import_module(f"csrc_triton.{file}")).items()
+             if name.startswith(f"{prefix}_") and name not in ("TILE_SEGMENT", "TILE_START")}
+    assert found.pop("fields") == len(row._fields)
+    assert found == {field: i for i, field in enumerate(row._fields) if not field.startswith("_")}
 
 
 @pytest.mark.parametrize("score, parts", [(head_delta, 1), (head_delta_projection, 3)])
@@ -132,8 +157,8 @@ def test_pad_is_the_released_definition():
 
 def test_stretches_of_columns_join(monkeypatch):
     layer = [segment(2, 8, 100), segment(2, 8, 33, seed=1)]
-    monkeypatch.setattr(reference_scoring, "ELEMENTS", 100)
-    monkeypatch.setattr(reference_scoring, "exact", None)  # not by way of float64
+    monkeypatch.setattr(cpu, "ELEMENTS", 100)
+    monkeypatch.setattr(cpu, "exact", None)  # not by way of float64
     close(head_delta([layer], METRICS), stored_oracle([layer]))
 
 
@@ -206,8 +231,8 @@ def test_projections_that_do_not_fit_are_refused():
     (lambda base, noise: 0.99 * base + 1e-5 * noise, False),
     (lambda base, noise: torch.where(noise > 2.5, base + 1e-3, base), False)])
 def test_changes_of_other_kinds(change, exactly, monkeypatch):
-    seen, exact = [], reference_scoring.exact
-    monkeypatch.setattr(reference_scoring, "exact", lambda *a: seen.append(len(seen)) or exact(*a))
+    seen, exact = [], cpu.exact
+    monkeypatch.setattr(cpu, "exact", lambda *a: seen.append(len(seen)) or exact(*a))
     base, noise = (x * torch.randn(2, 20, 200, generator=torch.Generator().manual_seed(7)) for x in (0.03, 1.0))
     layer = [Segment(base, change(base, noise.flip(2)), (0, 1))]
     metrics = [name for name in METRICS if name != "cosine_weights"]
@@ -227,7 +252,7 @@ def test_logits_of_two_spreads_whose_mean_moves():
 
 @pytest.mark.parametrize("score", [head_delta, head_delta_projection])
 def test_threads_share_the_heads(score, monkeypatch):
-    monkeypatch.setattr(reference_scoring, "JOB", 2**13)  # one or two heads
+    monkeypatch.setattr(cpu, "JOB", 2**13)  # one or two heads
     group = (0, 0, 1, 1, 2)
     layer = (segment(5, 16, 300), segment(3, 16, 300, group, seed=1), segment(3, 16, 300, group, seed=2))
     layer[0].base.requires_grad_()
@@ -292,44 +317,44 @@ SHARED = [test_heads_that_share_matrices]
 JOINED = [lambda: patched(test_stretches_of_columns_join)]
 FAULTS = {
     # the passes over heads that moved little
-    "the growth of Z is left in": (reference_near, "y.sub_(growth)", "y", SHIFTED),
-    "half of the growth": (reference_near, "2 * torch.atanh", "torch.atanh", SHIFTED),
-    "sinh by the series of cosh": (reference_near, "_times(y, w, SINH, most, spare, d)", "_times(y, w, COSH, most, spare, d)", WIDE),
-    "a series stops at its first term": (reference_near, "factors[:kept[-1]]", "factors[:1]",
+    "the growth of Z is left in": (small_changes, "y.sub_(growth)", "y", SHIFTED),
+    "half of the growth": (small_changes, "2 * torch.atanh", "torch.atanh", SHIFTED),
+    "sinh by the series of cosh": (small_changes, "_times(y, w, SINH, most, spare, d)", "_times(y, w, COSH, most, spare, d)", WIDE),
+    "a series stops at its first term": (small_changes, "factors[:kept[-1]]", "factors[:1]",
                                          [lambda: kinds(lambda b, e: b + 0.2 * e.sign(), False)]),
-    "the series of KL's odd part for JS": (reference_near, "product, w, JS", "product, w, ODD", WIDE),
-    "KL without its odd part": (reference_near, '(s["even"] / 2 + s["odd"] / 12)', '(s["even"] / 2)', EXACT),
-    "JS of KL": (reference_near, 's["js"] / 8', 's["js"] / 2', EXACT),
-    "what rounding left stays": (reference_near, "self.end / -n", "self.end * 0", SHIFTED),
-    "the base in the middle": (reference_near, 's["cd"] - s["ddp"] / 2', 's["cd"]', EXACT),
-    "exp of the base alone": (reference_near, "weight.add_(x, alpha=LOG2E / 2).exp2_()", "weight.exp2_()", EXACT),
-    "every stretch starts anew": (reference_near, "                d[:, :1] += self.end\n", "", JOINED),
-    "temperature is ignored": (reference_near, "            if self.tau != 1:\n                x.div_(self.tau)\n", "",
+    "the series of KL's odd part for JS": (small_changes, "product, w, JS", "product, w, ODD", WIDE),
+    "KL without its odd part": (small_changes, '(s["even"] / 2 + s["odd"] / 12)', '(s["even"] / 2)', EXACT),
+    "JS of KL": (small_changes, 's["js"] / 8', 's["js"] / 2', EXACT),
+    "what rounding left stays": (small_changes, "self.end / -n", "self.end * 0", SHIFTED),
+    "the base in the middle": (small_changes, 's["cd"] - s["ddp"] / 2', 's["cd"]', EXACT),
+    "exp of the base alone": (small_changes, "weight.add_(x, alpha=LOG2E / 2).exp2_()", "weight.exp2_()", EXACT),
+    "every stretch starts anew": (small_changes, "                d[:, :1] += self.end\n", "", JOINED),
+    "temperature is ignored": (small_changes, "            if self.tau != 1:\n                x.div_(self.tau)\n", "",
                                [lambda: test_temperature(0.5)]),
-    "a rest of any size is taken off in a line": (reference_near, 's["rest"] <=', '0 * s["rest"] <=', [test_logits_of_two_spreads_whose_mean_moves]),
-    "far heads pass as near": (reference_near, '& (s["far"] <= FAR) ', "", [lambda: kinds(lambda b, e: b + 0.1 * e.clamp(-3, 3), True)]),
-    "concentrated heads pass": (reference_near, "norm >= CONCENTRATED", "norm >= 0", [lambda: test_concentrated_softmax(4.0)]),
-    "cancelled sums pass": (reference_near, ">= CANCELLED * s[d] * s[a]", ">= -1.0", [test_weights_that_shrink]),
+    "a rest of any size is taken off in a line": (small_changes, 's["rest"] <=', '0 * s["rest"] <=', [test_logits_of_two_spreads_whose_mean_moves]),
+    "far heads pass as near ones": (small_changes, '& (s["far"] <= FAR) ', "", [lambda: kinds(lambda b, e: b + 0.1 * e.clamp(-3, 3), True)]),
+    "concentrated heads pass": (small_changes, "norm >= CONCENTRATED", "norm >= 0", [lambda: test_concentrated_softmax(4.0)]),
+    "cancelled sums pass": (small_changes, ">= CANCELLED * s[d] * s[a]", ">= -1.0", [test_weights_that_shrink]),
     # how heads are read
-    "a segment is read from its start": (reference_scoring, "base[:, first - start:last - start], task",
+    "a segment is read from its start": (cpu, "base[:, first - start:last - start], task",
                                          "base[:, :last - first], task", JOINED),
-    "a stored matrix of the first group for all": (reference_scoring, "blocks[i:i + 1].flatten", "blocks[:1].flatten", SHARED),
-    "one head of those that share a matrix": (reference_scoring, "expand(len([*same]), -1)", "expand(1, -1)", SHARED),
-    "change of v is left out": (reference_scoring, " + k_base @ (v_task - v_base).mT", "", PROJECTED),
-    "change of q meets the base's k and v": (reference_scoring, "q_task - q_base, m_task,", "q_task - q_base, m_base,", PROJECTED),
-    "the first group for all": (reference_scoring, "self.products[self.pairs[h]]", "self.products[self.pairs[0]]", PROJECTED),
-    "sorted alone": (reference_scoring, "(base.double() + delta.double()).sort(1).values", "(base.double() + delta.double())", EXACT),
-    # the float64 definition
-    "weights far away are subtracted": (reference_scoring, "d = torch.where(near_base, p * ratio, q - p)", "d = p * ratio", FAR),
-    "a wrong term of the KL series": (reference_scoring, "(30, 20, 12, 6, 2)", "(30, 20, 12, 7, 2)",
+    "a stored matrix of the first group for all": (cpu, "rearrange(blocks[i:i + 1],", "rearrange(blocks[:1],", SHARED),
+    "one head of those that share a matrix": (cpu, "expand(len([*same]), -1)", "expand(1, -1)", SHARED),
+    "change of v is left out": (cpu, " + k_base @ (v_task - v_base).mT", "", PROJECTED),
+    "change of q meets the base's k and v": (cpu, "q_task - q_base, m_task,", "q_task - q_base, m_base,", PROJECTED),
+    "the first group for all": (cpu, "self.products[self.pairs[h]]", "self.products[self.pairs[0]]", PROJECTED),
+    "sorted alone": (large_changes, "(base.double() + delta.double()).sort(1).values", "(base.double() + delta.double())", EXACT),
+    # heads that moved far
+    "weights far away are subtracted": (large_changes, "d = torch.where(near_base, p * ratio, q - p)", "d = p * ratio", FAR),
+    "a wrong term of the KL series": (large_changes, "(30, 20, 12, 6, 2)", "(30, 20, 12, 7, 2)",
                                       [lambda: test_float64_is_exact(1e-3)]),
-    "half of Jensen-Shannon": (reference_scoring, "0.5 * _surprise(d) - _surprise(0.5 * d)", "0.5 * _surprise(d)",
+    "half of Jensen-Shannon": (large_changes, "0.5 * _surprise(ratio) - _surprise(0.5 * ratio)", "0.5 * _surprise(ratio)",
                                [lambda: test_float64_is_exact(1e-3)]),
-    "the cosine of what is not across": (reference_scoring, "/ squares, 0.0)[:, None] * a", "/ squares, 0.0)[:, None] * 0",
+    "the cosine of what is not across": (large_changes, "/ squares, 0.0)[:, None] * a", "/ squares, 0.0)[:, None] * 0",
                                          [test_weights_that_shrink]),
-    "the rounding of Z stays": (reference_scoring, "d -= p * d.sum(1, keepdim=True)", "pass",
+    "the rounding of Z stays": (large_changes, "d -= p * d.sum(1, keepdim=True)", "pass",
                                 [lambda: test_float64_is_exact(1e-9), lambda: test_concentrated_softmax(30.0)]),
-    "infinities pass": (reference_scoring, "(base.isfinite().all() and delta.isfinite().all())", "(base == base).all()",
+    "infinities pass": (cpu, "(base.isfinite().all() and delta.isfinite().all())", "(base == base).all()",
                         [lambda: test_unsound_weights_are_refused_by_head(float("inf"), False)]),
 }
 

@@ -71,7 +71,7 @@ def make(params, bound, **options):
     return HeadAdamW(list(params.values()), **{"lr": 1e-2, "weight_decay": 0.1, "heads": bound, **options})
 
 
-def oracle(params, bound, grads_of_step, *, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1):
+def formula(params, bound, grads_of_step, *, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1):
     """AdamW in float64 by its formula, on the selected elements; every other element stays."""
     inside = masks(params, bound)
     out = {}
@@ -88,11 +88,11 @@ def oracle(params, bound, grads_of_step, *, lr=1e-2, betas=(0.9, 0.999), eps=1e-
     return out
 
 
-def mirrored_module(weight, dim, ranges):
-    """A module whose `weight` mirrors the leaf `weight_slice`, its selected rows or columns."""
+def sliced_module(weight, dim, ranges):
+    """A module whose `weight` holds a synchronised copy of the leaf `weight_slice`, its selected rows or columns."""
     module = nn.Module()
     module.weight = nn.Parameter(weight, requires_grad=False)
-    module.mirror = SyncedSlice(module, "weight", dim, ranges, True)
-    module.weight_slice = nn.Parameter(module.mirror.cut(module.weight).contiguous())
-    module.mirror.adopt()
+    module.synced = SyncedSlice(module, "weight", dim, ranges, True)
+    module.weight_slice = nn.Parameter(module.synced.cut(module.weight).contiguous())
+    module.synced.adopt()
     return module

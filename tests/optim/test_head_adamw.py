@@ -12,7 +12,7 @@ from torch import nn
 from alps_kernels.optim import HeadAdamW
 from alps_kernels.selection import BoundParam
 
-from .cases import assert_frozen, bind, fill_grads, make, oracle, run, same_bytes, snapshot, toy
+from .cases import assert_frozen, bind, fill_grads, formula, make, run, same_bytes, snapshot, toy
 
 OPTIONS = [
     dict(),
@@ -159,7 +159,7 @@ def test_float32_equals_the_formula_in_float64():
         fill_grads(params, bound, generator)
         grads.append({name: p.grad.clone() for name, p in params.items()})
         optimizer.step()
-    for name, want in oracle(start, bound, grads).items():
+    for name, want in formula(start, bound, grads).items():
         assert (params[name].detach().double() - want).abs().max() < 2e-6, name  # 10 roundings of numbers up to 4
 
 
@@ -336,7 +336,7 @@ def test_what_changes_between_steps_is_seen():
         params, bound = toy()
         optimizer = make(params, bound)
         for step in range(6):
-            optimizer._arguments = None if fresh else optimizer._arguments
+            optimizer._cache = None if fresh else optimizer._cache
             fill_grads(params, bound, torch.Generator().manual_seed(step))
             if step == 2:  # weights swapped for others elsewhere in memory, as model.to() and sharding do
                 params["rows"].data = params["rows"].data.clone() * 2

@@ -163,10 +163,10 @@ def test_bfloat16_second_moments_do_not_stall():
 @given(cut=st.integers(1, 47), dim=st.integers(0, 1))
 def test_stochastic_rounding_does_not_depend_on_the_blocks(cut, dim):
     """One range or two adjacent ages: the random bits count state elements, not tiles."""
-    from alps_kernels.ops import Block, Hyper, Numbers, Update, head_adamw_
+    from alps_kernels.ops import Block, HyperRow, HyperTable, ParamUpdate, head_adamw_
 
     shape = (48, 4) if dim == 0 else (4, 48)
-    hyper = Hyper.of(dict(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, maximize=False), 1.0)
+    hyper = HyperRow.of(dict(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, maximize=False), 1.0)
     other = 4 if dim == 0 else 48
     results = []
     for edges in ((0, 48), (0, cut, 48)):
@@ -175,7 +175,7 @@ def test_stochastic_rounding_does_not_depend_on_the_blocks(cut, dim):
         grad = torch.randn(shape, generator=generator).bfloat16()
         blocks = tuple(Block(dim, a, b, a * 4 if dim == 0 else a, other) for a, b in zip(edges, edges[1:], strict=False))
         moments = [torch.zeros(192, dtype=torch.bfloat16) for _ in range(2)]
-        head_adamw_([Update("w", param, grad, blocks, *moments, master="stochastic")], Numbers([hyper]), seed=3)
+        head_adamw_([ParamUpdate("w", param, grad, blocks, *moments, master="stochastic")], HyperTable([hyper]), seed=3)
         results.append((param, *moments))
     assert all(same_bytes(a, b) for a, b in zip(*results, strict=True))
 

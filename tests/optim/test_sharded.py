@@ -305,7 +305,7 @@ CHECKS = {
 }
 GROUPS = "        for group in shard_groups(params[members[0]]) if key else ():\n"
 FAULTS = {  # of sharding and its use, each seen by the check beside it
-    "the norm of one rank": (sharding, [(GROUPS, "        for group in ():\n")], "clipping"),
+    "the norm of one rank": (placement, [(GROUPS, "        for group in ():\n")], "clipping"),
     "the norm counts replicas": (placement, [("enumerate(param.placements) if p.is_shard()", "enumerate(param.placements)")],
                                  "hybrid"),
     "a rank skips the gathering": (placement, [("    for group in shard_groups(param):", "    for group in ():")], "steps_llama"),

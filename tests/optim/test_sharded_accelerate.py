@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import alps_kernels as alps
-from alps_kernels.optim import replaced
+from alps_kernels.optim import groups
 from alps_kernels.slicing import projection as sliced_projection
 from alps_kernels.tensors import is_sharded
 from tests.support import ranks
@@ -85,7 +85,7 @@ CHECKS = {
     "fsdp2_from_rank_0": partial(run, partial(fsdp2, True), True),
 }
 FAULTS = {
-    "replaced parameters stay frozen": (replaced, [("        found[old] = new\n", "        pass\n")], "fsdp2"),
+    "replaced parameters stay frozen": (groups, [("        found[old] = new\n", "        pass\n")], "fsdp2"),
     "leaves stay on the meta device": (sliced_projection, [("        if leaf.is_meta and not values.is_meta:\n            return nn.Parameter(like",
                                                             "        if False:\n            return nn.Parameter(like")],
                                        "fsdp2_from_rank_0"),

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from alps_kernels.ops.adamw import launch as staging, op as head_adamw
+from alps_kernels.ops.adamw import launch, op
 from alps_kernels.ops.device import device_code
-from alps_kernels.optim import HeadAdamW, step_cache as arguments
+from alps_kernels.optim import HeadAdamW, step_cache
 from alps_kernels.optim.checks import FIRST_STEPS
 from alps_kernels.optim.step_cache import ParamState
 from alps_kernels.selection import BoundParam
-from alps_kernels.tensors import synced_slices as mirrors
+from alps_kernels.tensors import synced_slices
 
-from .cases import bind, fill_grads, make, mirrored_module, same_bytes, selection, snapshot, toy
+from .cases import bind, fill_grads, make, same_bytes, selection, sliced_module, snapshot, toy
 
 
 class Launched:
@@ -50,8 +50,8 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch):
     code = type("Code", (), {"head_adamw_kernel": Kernel(), "head_grad_norm_kernel": Kernel()})
-    monkeypatch.setattr(head_adamw, "device_code", lambda name: code)
-    monkeypatch.setattr(mirrors, "_BY_LEAF", {})  # sliced models of other tests, which each step looks for while they live
+    monkeypatch.setattr(op, "device_code", lambda name: code)
+    monkeypatch.setattr(synced_slices, "_BY_LEAF", {})  # sliced models of other tests, which each step looks for while they live
     return code.head_adamw_kernel
 
 
@@ -86,7 +86,7 @@ def calls(function):
 def test_a_warm_step_makes_as_many_calls_for_any_number_of_tensors(kernel):
     counted = []
     for n in (8, 128):
-        params, optimizer = many(n, FIRST_STEPS + 2)  # the first ones are watched, see cautions
+        params, optimizer = many(n, FIRST_STEPS + 2)  # the first ones are watched, see checks
         counted.append(calls(optimizer.step))
         held = [p.grad for p in params]  # and so with fresh gradients in other places
         for p in params:
@@ -133,21 +133,21 @@ def test_launches_go_past_dispatch_from_the_second_on(kernel):
 
 
 def test_under_another_triton_every_launch_is_dispatched(kernel, monkeypatch):
-    monkeypatch.setattr(staging, "_binaries_are_known", lambda: False)
+    monkeypatch.setattr(launch, "_binaries_are_known", lambda: False)
     _, optimizer = many(2)
     assert len(kernel.dispatched) == 2 and not kernel.seen
 
 
-def test_addresses_and_numbers_arrive(kernel):
+def test_addresses_and_hyperparameters_arrive(kernel):
     params, optimizer = many(5)
     optimizer.param_groups[0]["lr"] = 0.5
     for p in params:
         p.grad = p.grad.clone()
     grads = [p.grad.data_ptr() for p in params]
     optimizer.step()
-    _, (_, pointers, numbers, *_) = kernel.seen[-1]
+    _, (_, pointers, hypers, *_) = kernel.seen[-1]
     assert pointers[:, 0].tolist() == [p.data_ptr() for p in params] and pointers[:, 1].tolist() == grads
-    assert numbers[0, 6].item() == pytest.approx(0.5 / (1 - 0.9**3)) and numbers[0, 8] == 3
+    assert hypers[0, 6].item() == pytest.approx(0.5 / (1 - 0.9**3)) and hypers[0, 8] == 3
     assert optimizer.state[params[0]]["step"] == 3
 
 
@@ -176,7 +176,7 @@ CHANGES = {
 
 
 def stays_warm(optimizer):
-    kept = optimizer._arguments
+    kept = optimizer._cache
     grads = kept.hold(optimizer.param_groups, optimizer.state)
     return grads is not None and kept.moved(grads) is not None
 
@@ -194,7 +194,7 @@ def test_a_change_is_seen(name):
                 CHANGES[name](params, optimizer)
                 assert fresh or stays_warm(optimizer) == (name == "another lr")
             if fresh:
-                optimizer._arguments = None
+                optimizer._cache = None
                 optimizer._launches = optimizer._launches.for_others()
             elif step == 2:
                 assert stays_warm(optimizer)
@@ -227,8 +227,8 @@ def test_a_sparse_gradient_and_one_of_another_dtype_are_refused_when_warm():
         optimizer.step()
 
 
-def test_a_mirror_whose_weight_was_replaced_is_left_to_the_projection():
-    module = mirrored_module(torch.randn(16, 8), 0, ((2, 6),))
+def test_a_copy_whose_weight_was_replaced_is_left_to_the_projection():
+    module = sliced_module(torch.randn(16, 8), 0, ((2, 6),))
     leaf = module.weight_slice
     optimizer = HeadAdamW([leaf], lr=0.1)
     for step in range(4):
@@ -242,7 +242,7 @@ def test_a_mirror_whose_weight_was_replaced_is_left_to_the_projection():
 
 
 def test_without_torchs_guards_the_same_is_seen(monkeypatch):
-    monkeypatch.setattr(arguments, "TensorGuards", None)
+    monkeypatch.setattr(step_cache, "TensorGuards", None)
     for name in ("a gradient of other strides", "a gradient gone", "weights elsewhere"):
         test_a_change_is_seen(name)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BertForMaskedLM, GPT2LMHeadModel
 
 import alps_kernels as alps
 from alps_kernels import HeadPatch, apply_patch, revert_patch, save_patch
-from alps_kernels.patching import applied_patches, apply as patch
+from alps_kernels.patching import applied, applied_patches
 from alps_kernels.selection import remember, selection_of
 from alps_kernels.tensors import synced_slices_in
 from tests.support import real_models
@@ -121,6 +121,9 @@ def test_layers_compiled_one_by_one(tmp_path):
     apply_patch(base, tmp_path / "p.safetensors")
     for (_, ours), (_, theirs) in zip(base.named_parameters(), tuned.named_parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    save_patch(tuned, tmp_path / "q.safetensors")
+    with pytest.raises(ValueError, match="overlaps with 'p'"):
+        apply_patch(base, tmp_path / "q.safetensors")
 
 
 # -- sliced models ---------------------------------------------------------------------------
@@ -297,7 +300,7 @@ def test_what_is_remembered_of_the_model(three):
     base, _, folder = three
     first = pick(base, ((0, 3),))
     first.freeze(base)
-    remember(base, first, "trainable")
+    remember(base, (first, "trainable"))
     apply_patch(base, folder / "a.safetensors")
     assert selection_of(base) == pick(base, ((0, 0), (0, 1)))
     revert_patch(base)
@@ -486,7 +489,7 @@ def test_an_error_between_two_writes(three, action, at, error, monkeypatch):
     if action in ("swap", "revert"):
         apply_patch(base, folder / "a.safetensors")
     before, names, known = snapshot(base), applied_patches(base), selection_of(base)
-    write, calls = patch._write, []
+    write, calls = applied._write, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -494,7 +497,7 @@ def test_an_error_between_two_writes(three, action, at, error, monkeypatch):
             raise error("planted")
         write(*arguments)
 
-    monkeypatch.setattr(patch, "_write", failing)
+    monkeypatch.setattr(applied, "_write", failing)
     todo = {"apply": lambda: apply_patch(base, folder / "a.safetensors"), "revert": lambda: revert_patch(base),
             "apply two": lambda: apply_patch(base, [folder / "a.safetensors", folder / "b.safetensors"]),
             "swap": lambda: apply_patch(base, folder / "c.safetensors", replace=True)}[action]
@@ -514,7 +517,7 @@ def test_an_error_between_two_writes(three, action, at, error, monkeypatch):
 
 def test_an_interrupt_while_bookkeeping_or_rolling_back(three, monkeypatch):
     base, _, folder = three
-    before, register, write, calls = snapshot(base), patch._register, patch._write, []
+    before, register, write, calls = snapshot(base), applied._register, applied._write, []
 
     def failing_register(*arguments):
         calls.append("register")
@@ -528,8 +531,8 @@ def test_an_interrupt_while_bookkeeping_or_rolling_back(three, monkeypatch):
             calls.append("write")
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(patch, "_register", failing_register)
-    monkeypatch.setattr(patch, "_write", failing_write)
+    monkeypatch.setattr(applied, "_register", failing_register)
+    monkeypatch.setattr(applied, "_write", failing_write)
     with pytest.raises(KeyboardInterrupt):
         apply_patch(base, folder / "a.safetensors")
     assert same_bytes(base, before) and not applied_patches(base) and selection_of(base) is None

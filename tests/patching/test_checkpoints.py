@@ -16,12 +16,10 @@ from alps_kernels import HeadPatch, apply_patch, save_patch
 from alps_kernels.cli import main
 from alps_kernels.cli.commands import app
 from alps_kernels.patching import (
-    CheckpointSource,
-    apply_to_checkpoint,
-    checkpoint as patch_checkpoint,
-    patch_from_checkpoints,
-    revert_checkpoint,
+    apply_to_checkpoint, checkpoint as patch_checkpoint, patch_from_checkpoints, revert_checkpoint,
 )
+from alps_kernels.tensors import files
+from alps_kernels.weights import Checkpoint
 from tests.support import real_models
 
 from ..weights.test_checkpoints import to_bin
@@ -182,7 +180,7 @@ def test_a_folder_appears_whole_or_not_at_all(folders, stage, error, monkeypatch
     _, _, heads, root = folders
     made = patch_from_checkpoints(root / "base", root / "tuned", heads)
     there, base = sorted(os.listdir(root)), files_of(root / "base")
-    where = {"copytree": shutil, "_patch_file": patch_checkpoint, "sync": alps.files, "replace": os}[stage]
+    where = {"copytree": shutil, "_patch_file": patch_checkpoint, "sync": files, "replace": os}[stage]
 
     def failing(*_, **__):
         raise error("planted")
@@ -210,15 +208,15 @@ def test_links_and_read_only_files_of_a_cache(folders):
 
 def test_one_tensor_of_each_checkpoint_at_a_time(folders, monkeypatch):
     _, _, heads, root = folders
-    read, sizes = CheckpointSource.read, []
+    read, sizes = Checkpoint.read, []
 
-    def counting(self, name):
-        sizes.append(name)
-        return read(self, name)
+    def counting(self, names):
+        sizes.append(len(names))
+        return read(self, names)
 
-    monkeypatch.setattr(CheckpointSource, "read", counting)
+    monkeypatch.setattr(Checkpoint, "read", counting)
     made = patch_from_checkpoints(root / "base", root / "tuned", heads)
-    assert len(sizes) == 2 * len(made.outside)
+    assert sizes == 2 * len(made.outside) * [1]
 
 
 # -- the command line ------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BertForMaskedLM, GPT2LMHeadModel,
 
 import alps_kernels as alps
 from alps_kernels import export_lora, export_merged, export_sparse, save_patch
-from alps_kernels.patching.export import LoraModule
+from alps_kernels.patching.export import LoraExport, LoraModule
 from tests.support import real_models
 
 from .cases import MODELS, build, logits, pick, same_bytes, snapshot, tune
@@ -188,7 +188,7 @@ def test_lora_is_refused(tmp_path):
 
 
 def test_module_in_words():
-    assert "2 modules" in str(alps.export.LoraExport({"a": LoraModule(2, True, 0.0), "b": LoraModule(1, False, 0.5)}, 10))
+    assert "2 modules" in str(LoraExport({"a": LoraModule(2, True, 0.0), "b": LoraModule(1, False, 0.5)}, 10))
 
 
 def test_merged(tmp_path):

@@ -8,16 +8,10 @@ import torch
 import alps_kernels as alps
 from alps_kernels import HeadPatch, apply_patch, export_lora, revert_patch, save_patch
 from alps_kernels.patching import (
-    apply as patch,
-    apply_to_checkpoint,
-    checkpoint as patch_checkpoint,
-    export,
-    make as patch_make,
-    patch as patch_file,
-    revert_checkpoint,
+    applied, applied_patches, apply, apply_to_checkpoint, checkpoint, export, fit, make, patch, revert_checkpoint,
     slices_file,
-    source as patch_source,
 )
+from alps_kernels.weights import weights
 
 from ..support.mutants import plant
 from .cases import build, pick, same_bytes, snapshot, tune
@@ -111,7 +105,7 @@ def swaps(folder):
 def interrupts_are_undone(folder):
     base = build()
     save_patch(tune(base, pick(base)), folder / "p.safetensors", base=base)
-    before, register = snapshot(base), patch._register
+    before, register = snapshot(base), applied._register
     calls = []
 
     def failing(*arguments):
@@ -120,13 +114,13 @@ def interrupts_are_undone(folder):
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    patch._register = failing
+    applied._register = failing
     try:
         with pytest.raises(KeyboardInterrupt):
             apply_patch(base, folder / "p.safetensors")
     finally:
-        patch._register = register
-    assert same_bytes(base, before) and not patch.applied_patches(base) and alps.selection.selection_of(base) is None
+        applied._register = register
+    assert same_bytes(base, before) and not applied_patches(base) and alps.selection.selection_of(base) is None
 
 
 def sliced(folder):
@@ -180,40 +174,40 @@ FAULTS = [
     (slices_file, no_numbers, ("block.copy_(part)", "block.copy_(part.nan_to_num(0.0))")),
     (slices_file, no_numbers, ("block.copy_(part)", "block.add_(part - block)")),
     (slices_file, damage_is_refused, ("if digest(values) != entry.get(\"values\"):", "if False:")),
-    (slices_file, other_bases_are_refused, ("return [as_matrix(tensor).narrow(self.dim, start, stop - start)\n                for start, stop in complement(self.ranges, self.matrix[self.dim])]", "return []")),
-    (slices_file, other_bases_are_refused, ("for start, stop in complement(self.ranges, self.matrix[self.dim])]", "for start, stop in complement(self.ranges, self.matrix[self.dim])[1:]]")),
-    (patch_make, other_bases_are_refused, ("if digest(*([tensor] if cut is None else cut.rest(tensor))) != patch.outside[name].digest:", "if False:")),
-    (patch_make, other_bases_are_refused, ("    found = in_threads(differs, patch.outside)", "    found = in_threads(differs, patch.cuts)")),
-    (patch_make, other_bases_are_refused, ("return \"inside\" if cut is not None and patch.base is not None else None", "return None")),
-    (patch_make, other_bases_are_refused, ("        if (known.shape, known.dtype) != source.facts(name):", "        if known.shape != source.facts(name)[0]:")),
-    (patch_make, other_bases_are_refused, ("if base is not None and ours != theirs]", "if False]")),
-    (patch_make, overlaps_are_refused, ("if a.dim == b.dim and not shared:", "if True:")),
-    (patch_make, overlaps_are_refused, ("if a.dim == b.dim and not shared:", "if not set(one.selection) & set(other.selection):")),
-    (patch, overlaps_are_refused, ("for other in (*(entry.patch for entry in staying), *incoming[:at]):", "for other in incoming[:at]:")),
-    (patch, overlaps_are_refused, ("for other in (*(entry.patch for entry in staying), *incoming[:at]):", "for other in (entry.patch for entry in staying):")),
-    (patch, overlaps_are_refused, ("entry.patch.cuts[name].put(entry.originals[name], tensor)", "pass")),
-    (patch, round_trip, ("kept = {name: cut.take(original(name, source.read(name)))", "kept = {name: patch.values[name]")),
-    (patch, round_trip, ("remember(model, *entry)", "pass")),
-    (patch, round_trip, ("            forget(model)", "            pass")),
-    (patch, swaps, ("leaving, staying = (now, ()) if replace else ((), now)", "leaving, staying = ((), ()) if replace else ((), now)")),
-    (patch, swaps, ("kept = {name: cut.take(original(name, source.read(name)))", "kept = {name: cut.take(source.read(name))")),
-    (patch, swaps, ("    put(values, param.detach())", "    param.data = param.data.clone(); put(values, param.detach())")),
-    (patch, interrupts_are_undone, ("        _restore(source, before)\n", "        pass\n")),
-    (patch, interrupts_are_undone, ("        _register(source.model, models, known, trained)\n", "        pass\n")),
-    (patch, interrupts_are_undone, ("before = [(name, cut, cut.take(source.read(name))) for", "before = [(name, cut, values) for"), ("for name, cut, _ in writes]", "for name, cut, values in writes]")),
-    (patch, sliced, ("        leaf.copy_(mirror.cut(param))", "        pass")),
-    (patch_source, sliced, ("if synced_slice_of(param) is None}", "if True}")),
-    (patch_file, round_trip, ("base if known_base else None", "None")),
-    (patch_checkpoint, folders, ("raw_file.seek(8 + size + start)\n            raw_file.write", "raw_file.seek(8 + start)\n            raw_file.write")),
-    (patch_checkpoint, folders, ("old[key] = cuts[key].take(tensor)", "pass"), ("new[key] = cuts[key].take(tensor)", "new[key] = old[key] = cuts[key].take(tensor)")),
-    (patch_checkpoint, folders, ("            (folder / spent.relative_to(checkpoint)).unlink()", "            pass")),
+    (slices_file, other_bases_are_refused, ("return blocks(tensor, self.dim, complement(self.ranges, self.matrix[self.dim]))", "return []")),
+    (slices_file, other_bases_are_refused, ("complement(self.ranges, self.matrix[self.dim]))", "complement(self.ranges, self.matrix[self.dim])[1:])")),
+    (fit, other_bases_are_refused, ("if digest(*([tensor] if cut is None else cut.rest(tensor))) != patch.outside[name].digest:", "if False:")),
+    (fit, other_bases_are_refused, ("    found = in_threads(differs, patch.outside)", "    found = in_threads(differs, patch.cuts)")),
+    (fit, other_bases_are_refused, ("return \"inside\" if cut is not None and patch.base is not None else None", "return None")),
+    (fit, other_bases_are_refused, ("        if there != here:", "        if there.shape != here.shape:")),
+    (make, other_bases_are_refused, ("if len(set(digests)) > 1]", "if False]")),
+    (fit, overlaps_are_refused, ("if a.dim == b.dim and not shared:", "if True:")),
+    (fit, overlaps_are_refused, ("if a.dim == b.dim and not shared:", "if not set(one.selection) & set(other.selection):")),
+    (apply, overlaps_are_refused, ("for other in (*(entry.patch for entry in staying), *incoming[:at]):", "for other in incoming[:at]:")),
+    (apply, overlaps_are_refused, ("for other in (*(entry.patch for entry in staying), *incoming[:at]):", "for other in (entry.patch for entry in staying):")),
+    (apply, overlaps_are_refused, ("entry.patch.cuts[name].put(entry.originals[name], tensor)", "pass")),
+    (apply, round_trip, ("kept = {name: cut.take(original(name, weights.read([name])[name]))", "kept = {name: patch.values[name]")),
+    (applied, round_trip, ("        remember(model, entry)", "        entry is None and remember(model, entry)")),
+    (applied, round_trip, ("        remember(model, entry)", "        entry is None or remember(model, entry)")),
+    (apply, swaps, ("leaving, staying = (now, ()) if replace else ((), now)", "leaving, staying = ((), ()) if replace else ((), now)")),
+    (apply, swaps, ("kept = {name: cut.take(original(name, weights.read([name])[name]))", "kept = {name: cut.take(weights.read([name])[name])")),
+    (applied, swaps, ("    put(values, param.detach())", "    param.data = param.data.clone(); put(values, param.detach())")),
+    (applied, interrupts_are_undone, ("        _restore(weights, before)\n", "        pass\n")),
+    (applied, interrupts_are_undone, ("        _register(weights.model, models, known, trained)\n", "        pass\n")),
+    (applied, interrupts_are_undone, ("before = [(name, cut, cut.take(weights.read([name])[name])) for", "before = [(name, cut, values) for"), ("for name, cut, _ in writes]", "for name, cut, values in writes]")),
+    (applied, sliced, ("        leaf.copy_(synced.cut(param))", "        pass")),
+    (weights, sliced, ("if synced_slice_of(param) is None}", "if True}")),
+    (patch, round_trip, ("base if known_base else None", "None")),
+    (checkpoint, folders, ("raw_file.seek(8 + size + start)\n            raw_file.write", "raw_file.seek(8 + start)\n            raw_file.write")),
+    (checkpoint, folders, ("old[key] = cuts[key].take(tensor)", "pass"), ("new[key] = cuts[key].take(tensor)", "new[key] = old[key] = cuts[key].take(tensor)")),
+    (checkpoint, folders, ("            (folder / spent.relative_to(checkpoint)).unlink()", "            pass")),
     (export, loras, ("b, a = a.t(), b.t()", "pass")),
     (export, loras, ("return (spread, far, made) if cut.dim == 0 else (far.t(), spread.t(), made)", "return spread, far, made")),
     (export, loras, ("places = torch.cat([torch.arange(start, stop)", "places = torch.cat([torch.arange(start - start, stop - start)")),
     (export, loras, ("left / norm if norm else 0.0", "(left / norm) ** 2")),
     (export, loras, ("near, far = (u[:, :rank] * root).float()", "near, far = (u[:, -rank:] * root).float()")),
-    (export, loras, ("                _delta(patch, source, biases[name], bias)", "                pass")),
-    (export, loras, (".sub_(cut.take(source.read(key)).cpu().double())", "")),
+    (export, loras, ("                patch.cuts[biases[name]].put(_delta(patch, weights, biases[name]), bias)", "                pass")),
+    (export, loras, (".sub_(base)", "")),
 ]
 CHECKS = sorted({check for _, check, *_ in FAULTS}, key=lambda check: check.__name__)
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import alps_kernels as alps
 from alps_kernels import HeadPatch, apply_patch, save_patch
-from alps_kernels.patching.sparse_update import SparseUpdate
+from alps_kernels.patching.checkpoint import SparseUpdate
 
 from .cases import build, pick, same_bytes, snapshot, tune
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import alps_kernels as alps
 from alps_kernels.selection import BoundSelection, frozen_guard as guarding
-from alps_kernels.tensors import as_matrix
+from alps_kernels.tensors import as_matrix, matrix_shape
 from tests.support.mutants import plant
 
 from .models import FAMILIES, optimizer_of, some_heads, tiny, train
@@ -130,7 +130,7 @@ def test_tensors_of_any_layout(make):
     guard.check()
     if not tensor.numel():
         return
-    matrix = guarding._matrix(tensor)
+    matrix = tensor.reshape(matrix_shape(tensor.shape))
     matrix = matrix if matrix.data_ptr() == tensor.data_ptr() else tensor[:, :, 0, 0]
     row, column = len(matrix) - 1, matrix.shape[1] // 2
     flip(matrix, row, column, 0)
@@ -254,7 +254,7 @@ def test_wrong_arguments(call, error, message):
     (("if steps % every == 0:", "if steps % every == 1:"), test_it_watches_an_optimizer),
     (("        self.check()\n\n    # --", "        kind or self.check()\n\n    # --"), test_an_error_inside_keeps_its_cause),
     (("elif _facts(now[name]) != facts:", "elif False:"), test_tensors_that_are_replaced),
-    (("top, left = (start, 0) if cut == 0 else (0, start)", "top, left = 0, 0"), lambda: test_a_flipped_bit("llama", torch.float32, "frozen")),
+    (("(start, 0) if part.dim == 0 else (0, start)", "(0, 0)"), lambda: test_a_flipped_bit("llama", torch.float32, "frozen")),
 ], ids=["no keys", "equal keys", "inside for outside", "no mask", "the last rectangle", "the last row", "buffers", "the tail",
         "when", "errors", "dtypes", "places"])
 def test_faults_in_the_guard_are_seen(monkeypatch, edit, check):

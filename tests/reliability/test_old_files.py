@@ -15,18 +15,7 @@ from safetensors.torch import load_file
 
 import alps_kernels as alps
 from tests.files_of_30eab94.make import (
-    AFTER,
-    CASES,
-    HEADS,
-    HERE,
-    PROVENANCE,
-    differing,
-    digests,
-    load,
-    pick,
-    run,
-    start,
-    take_steps,
+    AFTER, CASES, HEADS, HERE, PROVENANCE, differing, digests, load, pick, run, start, take_steps,
 )
 
 EXPECTED = json.loads((HERE / "expected.json").read_text())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alps_kernels import HeadPatch, apply_patch, revert_patch, save_patch
-from alps_kernels.patching import applied_patches, apply as patch
+from alps_kernels.patching import applied, applied_patches
 from alps_kernels.selection import selection_of
 from alps_kernels.slicing import slice_heads
 from alps_kernels.tensors import synced_slices_in
@@ -100,7 +100,7 @@ def test_each_operation_of_a_swap_fails(case, action, error):
 @pytest.mark.fault("All or nothing")
 def test_a_swap_without_its_way_back_would_be_seen(case, monkeypatch):
     """a swap planted to leave half of its writes when it fails: the checks above turn red"""
-    plant(monkeypatch, patch, ("        _restore(source, before)\n", "        pass\n"))
+    plant(monkeypatch, applied, ("        _restore(weights, before)\n", "        pass\n"))
     with pytest.raises(AssertionError, match="torn"):
         test_each_operation_of_a_swap_fails(case, "apply", Injected)
 

@@ -65,7 +65,7 @@ def test_sharded(world, tmp_path):
 @pytest.mark.fault("The guard")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "bert"])
 def test_sliced(family):
-    """sliced models: steps and refreshed mirrors are not seen, a byte outside is; a guard made before slicing holds on too"""
+    """sliced models: steps and refreshed weights are not seen, a byte outside is; a guard made before slicing holds on too"""
     model = tiny(family)
     heads = some_heads(model)
     plain = alps.guard(model, heads)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import alps_kernels as alps
-from alps_kernels.ops.adamw import cpu as reference_adamw
+from alps_kernels.ops.adamw import cpu
 from tests.optim.cases import fill_grads, make, masks, run, snapshot, toy
 from tests.support.mutants import plant
 
@@ -71,7 +71,7 @@ def test_an_operation_of_the_step_fails(dtype, master, moments, error, warm):
 @pytest.mark.parametrize("dtype, master, moments", PRECISIONS[:2], ids=str)
 def test_an_interrupt_at_every_line(dtype, master, moments, limit, monkeypatch):
     """KeyboardInterrupt before each line that a step runs: no parameter is torn, a retry goes on"""
-    monkeypatch.setattr(reference_adamw, "PENDING", limit)
+    monkeypatch.setattr(cpu, "PENDING", limit)
     params, bound, optimizer, after, stepped = prepared(dtype, master, moments, True)
     before = copy.deepcopy((params, optimizer))
     seen = set()
@@ -115,9 +115,8 @@ def test_an_operation_of_a_sliced_step_fails(family, error):
 @pytest.mark.fault("All or nothing")
 def test_a_torn_step_would_be_seen(monkeypatch):
     """the step planted to write parameter, moments and step count one after another: the checks above turn red"""
-    plant(monkeypatch, reference_adamw, (
-        "torch._foreach_copy_([*targets, *steps], [*values, *(torch._foreach_add(steps, 1) if steps else ())])",
-        "[t.copy_(v) for t, v in zip(targets, values)]; torch._foreach_add_(steps, 1)"))
+    plant(monkeypatch, cpu, ("torch._foreach_copy_(*zip(*pairs, strict=True))",
+                             "[place.copy_(value) for place, value in pairs]"))
     for check in (lambda: test_an_operation_of_the_step_fails(*PRECISIONS[0], Injected, True),
                   lambda: test_an_interrupt_at_every_line(*PRECISIONS[0], 2**20, monkeypatch)):
         with pytest.raises(AssertionError, match="torn"):

@@ -8,24 +8,14 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    T5Config,
-    T5ForConditionalGeneration,
+    BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, DeepseekV3Config, DeepseekV3ForCausalLM,
+    GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration,
 )
 
 import alps_kernels as alps
 from alps_kernels import LayoutError
-from alps_kernels.scoring import REPRESENTATIONS
+from alps_kernels.ops.delta import oracle
+from alps_kernels.scoring import REPRESENTATIONS, score
 from alps_kernels.scoring.representations import stacked
 from alps_kernels.scoring.score import METRICS
 from tests.support import real_models
@@ -84,6 +74,19 @@ def test_grouped_heads_equal_the_released_definition(representation):
     for layer, head in scores:
         expected = released(*(flat(model, layer, head, representation) for model in (base, task)))
         assert scores[layer, head] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("representation", REPRESENTATIONS)
+@pytest.mark.parametrize("build", ["llama", "latent"])
+def test_every_metric_of_every_representation_is_the_oracles(build, representation, monkeypatch):
+    base = globals()[build]()
+    task = moved(base, 1e-2)
+    found = alps.score_heads(base, task, metric=METRICS, representation=representation)
+    for name in ("head_delta", "head_delta_projection"):
+        monkeypatch.setattr(score, name, getattr(oracle, name))
+    expected = alps.score_heads(base, task, metric=METRICS, representation=representation)
+    for name in METRICS:
+        torch.testing.assert_close(found[name].tensor, expected[name].tensor, rtol=1e-6, atol=0, msg=name)
 
 
 def test_projection_is_the_papers():

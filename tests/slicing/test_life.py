@@ -29,7 +29,7 @@ def trained(model_type="qwen2", **options):
 
 
 def agree(model):
-    return all(torch.equal(mirror.cut(mirror.weight), mirror.leaf) for _, mirror in synced_slices_in(model))
+    return all(torch.equal(synced.cut(synced.weight), synced.leaf) for _, synced in synced_slices_in(model))
 
 
 def same_leaves(a, b):
@@ -47,7 +47,7 @@ def test_unslicing_gives_the_plain_model_with_the_trained_weights(model_type):
     assert [type(m) for m in sliced.modules()] == [type(m) for m in plain.modules()]
     assert [(n, p.requires_grad) for n, p in sliced.named_parameters()] == [(n, True) for n, _ in plain.named_parameters()]
     assert keys == list(plain.state_dict()) == list(sliced.state_dict())
-    assert not any(hasattr(m, "_mirrors") or "_cut" in vars(m) for m in sliced.modules())
+    assert not any(hasattr(m, "_synced") or "_trained" in vars(m) for m in sliced.modules())
     loss_of(sliced).backward()
     assert all(part.param.grad is not None for part in heads.bind(sliced).params)
 
@@ -70,7 +70,7 @@ def test_requires_grad_and_weights_after_a_silent_change():
     _, _, sliced, bound = trained()
     for part in bound.params:
         part.param.data += 0.1  # leaves no trace
-    leaves = {name: mirror.leaf.detach().clone() for name, mirror in synced_slices_in(sliced)}
+    leaves = {name: synced.leaf.detach().clone() for name, synced in synced_slices_in(sliced)}
     parts = dict(synced_slices_in(sliced))
     alps.unslice_heads(sliced)
     for name, param in sliced.named_parameters():
@@ -156,8 +156,8 @@ def test_moves_keep_leaf_and_weight_together():
     assert agree(sliced) and not torch.equal(loss_of(sliced, 5), want)
     sliced.to(torch.bfloat16)
     assert loss_of(sliced, 5).isfinite() and agree(sliced)
-    for _, mirror in synced_slices_in(sliced):
-        assert mirror.writable(mirror.leaf) and synced_slice_of(mirror.leaf) is mirror and leaf_of(mirror.weight) is mirror.leaf
+    for _, synced in synced_slices_in(sliced):
+        assert synced.writable(synced.leaf) and synced_slice_of(synced.leaf) is synced and leaf_of(synced.weight) is synced.leaf
 
 
 def test_conversions_that_replace_parameters_are_followed():
@@ -167,7 +167,7 @@ def test_conversions_that_replace_parameters_are_followed():
         sliced.double()
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
-    assert all(mirror.writable(mirror.leaf) and synced_slice_of(mirror.leaf) is mirror for _, mirror in synced_slices_in(sliced))
+    assert all(synced.writable(synced.leaf) and synced_slice_of(synced.leaf) is synced for _, synced in synced_slices_in(sliced))
     assert loss_of(sliced).isfinite() and all(p.param.dtype == torch.float64 for p in heads.bind(sliced).params)
 
 
@@ -192,7 +192,7 @@ def test_a_model_on_the_meta_device_is_sliced_and_then_filled():
         bound = heads.bind(model)
         loss_of(model).backward()
         assert all(part.param.grad is not None for part in bound.params) and agree(model)
-        assert all(mirror.writable(mirror.leaf) and synced_slice_of(mirror.leaf) is mirror for _, mirror in synced_slices_in(model))
+        assert all(synced.writable(synced.leaf) and synced_slice_of(synced.leaf) is synced for _, synced in synced_slices_in(model))
 
 
 def test_checkpoints_of_transformers_are_ordinary(tmp_path):

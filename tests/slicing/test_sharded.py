@@ -1,6 +1,7 @@
 """Sliced models under DDP and FSDP2: 2 and 4 ranks against one process."""
 
 import contextlib
+import inspect
 import sys
 from functools import partial
 
@@ -17,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import alps_kernels as alps
 from alps_kernels.slicing import projection as sliced_projection
-from alps_kernels.tensors import dtensor as placement, local, synced_slices as mirrors
+from alps_kernels.tensors import dtensor as placement, local, synced_slices
 from tests.support import ranks
 
 from ..optim.cases import same_bytes
-from ..support.mutants import plant
+from ..support.mutants import edit, plant
 from ..support.sharded_cases import heads_of, model_of, shard
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
@@ -254,7 +255,9 @@ def save_and_load(rank, world, folder):
 
 
 FAULTS = {
-    "a rank skips the sync": (sys.modules[__name__], [("        return allreduce_hook(state, bucket)\n", """\
+    "a rank skips the sync": (sys.modules[__name__], [(
+        "        sent.append(bucket.buffer().numel())\n        return allreduce_hook(state, bucket)\n", """\
+        sent.append(bucket.buffer().numel())
         if rank == 0:
             return allreduce_hook(state, bucket)
         alone = torch.futures.Future()
@@ -262,15 +265,16 @@ FAULTS = {
         alone.set_result(bucket.buffer())
         return alone
 """)], CHECKS["ddp_other_batches"]),
-    "the state dict has old weights": (mirrors, [("return write_ranges(weight, leaf, self.dim, self.ranges)", "return")],
+    "the state dict has old weights": (synced_slices, [("return write_ranges(weight, leaf, self.dim, self.ranges)", "return")],
                                        CHECKS["fsdp"]),
     "every range takes the leaf's first rows": (placement, [("at += span[1] - span[0]", "at += 0")], CHECKS["fsdp"]),
     "every rank takes the leaf's first rows": (placement, [("low - start if size else 0", "0")], CHECKS["fsdp"]),
     "a shard begins one row late": (placement, [("start, stop = span if axis == dim",
                                                  "start, stop = (span[0] + 1, span[1]) if axis == dim")], CHECKS["fsdp"]),
-    "backward with the weight as gathered": (sliced_projection, [("            if leaf is not None:\n", "            if False:\n")],
+    "backward with the weight as gathered": (sliced_projection, [("        if leaf is not None:\n            ctx.synced[0]",
+                                                                  "        if False:\n            ctx.synced[0]")],
                                              CHECKS["fsdp"]),
-    "forward with the weight as gathered": (mirrors, [("self._copy(weight, leaf, silent=True)", "pass")], CHECKS["fsdp_kept"]),
+    "forward with the weight as gathered": (synced_slices, [("self._copy(weight, leaf, silent=True)", "pass")], CHECKS["fsdp_kept"]),
     "leaves not loaded": (sliced_projection, [("        local(leaf).copy_(held)\n", "        pass\n")],
                           save_and_load),
     "leaves loaded from one rank": (placement, [("return sum_bytes_(whole, weight)", "return whole")], save_and_load),
@@ -300,6 +304,8 @@ def test_many_ranks_are_one(found, world, check):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_seen(name, tmp_path):
+    module, edits, _ = FAULTS[name]
+    edit(inspect.getsource(module), *edits)  # the ranks would report a fault that cannot be planted as one that is seen
     assert ranks.run(2, {"faulty": partial(faulty, name)}, tmp_path, patience=10)["faulty"]
 
 

@@ -97,8 +97,8 @@ def test_gradcheck(bias):
     leaves = [part.param for part in bound.params]
     x = torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
     # gradcheck moves its inputs through `.data`, without a gradient: it is told to copy each time
-    for _, mirror in synced_slices_in(model):
-        mirror.always = True
+    for _, synced in synced_slices_in(model):
+        synced.always = True
     assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, *leaves))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import alps_kernels as alps
-from alps_kernels.tensors import synced_slices as mirrors, synced_slices_in
+from alps_kernels.tensors import synced_slices, synced_slices_in
 
 from .cases import batch, cut_grads, grads, loss_of, pair
 
@@ -45,8 +45,8 @@ def as_if_fresh(sliced):
     """The loss of a plain model with the leaves written into it by hand."""
     plain = copy.deepcopy(sliced)
     with torch.no_grad():
-        for _, mirror in synced_slices_in(plain):
-            for block, part in mirror.pairs(mirror.weight, mirror.leaf):
+        for _, synced in synced_slices_in(plain):
+            for block, part in synced.pairs(synced.weight, synced.leaf):
                 block.copy_(part)
     alps.unslice_heads(plain)
     return loss_of(plain, 5)
@@ -89,20 +89,20 @@ def new_storage(sliced, bound):
 
 
 def replaced(sliced, bound):
-    for _, mirror in synced_slices_in(sliced):
-        leaf = mirror.name + mirrors.SUFFIX
-        setattr(mirror.module, leaf, nn.Parameter(getattr(mirror.module, leaf).detach() + 0.1))
+    for _, synced in synced_slices_in(sliced):
+        leaf = synced.name + synced_slices.SUFFIX
+        setattr(synced.module, leaf, nn.Parameter(getattr(synced.module, leaf).detach() + 0.1))
 
 
 def weight_replaced(sliced, bound):
-    for _, mirror in synced_slices_in(sliced):
-        setattr(mirror.module, mirror.name, nn.Parameter(torch.zeros_like(mirror.weight) + mirror.weight * 1.5,
+    for _, synced in synced_slices_in(sliced):
+        setattr(synced.module, synced.name, nn.Parameter(torch.zeros_like(synced.weight) + synced.weight * 1.5,
                                                          requires_grad=False))
 
 
 def weight_moved(sliced, bound):
-    for _, mirror in synced_slices_in(sliced):
-        mirror.weight.data = torch.full_like(mirror.weight, 0.3)
+    for _, synced in synced_slices_in(sliced):
+        synced.weight.data = torch.full_like(synced.weight, 0.3)
 
 
 def after_autograd_grad(sliced, bound):
@@ -182,8 +182,8 @@ def test_readers_that_do_not_run_the_model_see_it_too(change):
 
 def test_nothing_is_copied_where_nothing_changed():
     plain, heads, sliced, bound = pair()
-    for _, mirror in synced_slices_in(sliced):
-        assert torch.equal(mirror.cut(mirror.weight), mirror.leaf)
+    for _, synced in synced_slices_in(sliced):
+        assert torch.equal(synced.cut(synced.weight), synced.leaf)
     inputs = batch(sliced)
     plain.requires_grad_(False)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_nothing_is_copied_where_nothing_changed():
     assert train.copied == frozen.copied
     formed(sliced)
     optimizer = torch.optim.AdamW([part.param for part in bound.params], 0.01)
-    slices = sum(mirror.leaf.nbytes for _, mirror in synced_slices_in(sliced))
+    slices = sum(synced.leaf.nbytes for _, synced in synced_slices_in(sliced))
     optimizer.step()
     assert counted(optimizer.step).copied == slices
     assert counted(lambda: sliced(**inputs)).copied - frozen.copied == slices
@@ -248,20 +248,20 @@ def test_a_weight_that_is_filled_anew_is_current_in_backward_too():
     """As FSDP2 does: other parameter objects in forward, their storage refilled with the sharded, old values."""
     plain, heads, sliced, bound = pair(dtype=torch.float64)
     in_place(sliced, bound)
-    old = {name: mirror.weight.detach().clone() for name, mirror in synced_slices_in(sliced)}
+    old = {name: synced.weight.detach().clone() for name, synced in synced_slices_in(sliced)}
     weight_replaced(sliced, bound)
     stand_ins = dict(synced_slices_in(sliced))
-    for name, mirror in stand_ins.items():
-        mirror.weight.data.copy_(old[name])
+    for name, synced in stand_ins.items():
+        synced.weight.data.copy_(old[name])
     with torch.no_grad():
         first = loss_of(sliced)
-        for name, mirror in stand_ins.items():
-            mirror.weight.data.copy_(old[name])
+        for name, synced in stand_ins.items():
+            synced.weight.data.copy_(old[name])
         assert torch.equal(first, loss_of(sliced))
     loss = loss_of(sliced)
-    for name, mirror in stand_ins.items():
-        with torch.autograd._unsafe_preserve_version_counter(mirror.weight):
-            mirror.weight.data.copy_(old[name])
+    for name, synced in stand_ins.items():
+        with torch.autograd._unsafe_preserve_version_counter(synced.weight):
+            synced.weight.data.copy_(old[name])
     loss.backward()
     full = heads.bind(plain)
     with torch.no_grad():
@@ -292,7 +292,7 @@ def test_what_is_written_into_the_weight_alone_does_not_count():
     _, _, sliced, _ = pair()
     before = loss_of(sliced, 5)
     with torch.no_grad():
-        for _, mirror in synced_slices_in(sliced):
-            for block in mirror.blocks(mirror.weight):
+        for _, synced in synced_slices_in(sliced):
+            for block in synced.blocks(synced.weight):
                 block.zero_()
     assert torch.equal(loss_of(sliced, 5), before)

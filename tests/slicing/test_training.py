@@ -92,7 +92,7 @@ def test_compiled_training_is_eager_training(model_type, backend, no_recompilati
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_eager_code_beside_compiled_code_sees_its_steps(backend):
-    """The compiled backward leaves no trace on the mirror, and a step by hand none on the leaf."""
+    """The compiled backward leaves no trace on the synced, and a step by hand none on the leaf."""
     _, selection, model = toy()
     bound = alps.slice_heads(model, selection, layout=model.layout())
     x = torch.randn(5, 10, dtype=torch.float64)
@@ -110,16 +110,16 @@ def test_compiled_backward_uses_the_leaf_where_the_weight_was_filled_anew(backen
     """FSDP2 refills the weight between forward and backward, with values that no step has reached."""
     plain, selection, model = toy(parts=("q", "o"))
     bound = alps.slice_heads(model, selection, layout=model.layout())
-    old = {name: mirror.weight.detach().clone() for name, mirror in synced_slices_in(model)}
+    old = {name: synced.weight.detach().clone() for name, synced in synced_slices_in(model)}
     for part in bound.params:
         part.param.data.add_(0.1)
     x = torch.randn(5, 10, dtype=torch.float64, requires_grad=True)
     out = compiled(nn.Sequential(model.q, model.o), backend)(x)
-    for name, mirror in synced_slices_in(model):
-        mirror.weight.data.copy_(old[name])
+    for name, synced in synced_slices_in(model):
+        synced.weight.data.copy_(old[name])
     out.square().sum().backward()
-    for name, mirror in synced_slices_in(model):
-        for block, part in mirror.pairs(plain.get_parameter(name), mirror.leaf):
+    for name, synced in synced_slices_in(model):
+        for block, part in synced.pairs(plain.get_parameter(name), synced.leaf):
             block.data.copy_(part)
     y = x.detach().requires_grad_()
     plain.o(plain.q(y)).square().sum().backward()
@@ -176,17 +176,17 @@ def test_any_optimizer_trains_leaves_as_it_trains_parameters_of_that_size(name):
     """Beside: the same leaves written into a plain model's weights by index, differentiably."""
     plain, heads, sliced, bound = pair(dtype=torch.float64)
     values = {part.name: part.param.detach().clone().requires_grad_() for part in bound.params}
-    mirrors = {name + "_slice": (name, mirror) for name, mirror in synced_slices_in(sliced)}
+    leaves = {name + "_slice": (name, synced) for name, synced in synced_slices_in(sliced)}
 
     def by_index(seed):
         whole = {}
         for name, value in values.items():
-            if name not in mirrors:
+            if name not in leaves:
                 whole[name] = value
                 continue
-            full, mirror = mirrors[name]
-            index = torch.cat([torch.arange(a, b) for a, b in mirror.ranges])
-            whole[full] = plain.get_parameter(full).detach().index_copy(mirror.dim, index, value)
+            full, synced = leaves[name]
+            index = torch.cat([torch.arange(a, b) for a, b in synced.ranges])
+            whole[full] = plain.get_parameter(full).detach().index_copy(synced.dim, index, value)
         return torch.func.functional_call(plain, whole, (), batch(plain, seed)).loss
 
     ours, theirs = (OPTIMIZERS[name](list(params)) for params in ([p.param for p in bound.params], values.values()))

@@ -1,4 +1,4 @@
-"""A mirror knows when its weight may lag behind the leaf, and who is told of which parameter."""
+"""A synced knows when its weight may lag behind the leaf, and who is told of which parameter."""
 
 import copy
 import gc
@@ -17,64 +17,64 @@ class Held(nn.Linear):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._mirrors["weight"].adopt()
+        self._synced["weight"].adopt()
 
 
 def held(dim=0, ranges=ROWS):
     module = Held(6, 8, bias=False).requires_grad_(False)
-    mirror = SyncedSlice(module, "weight", dim, ranges, True)
-    module.register_parameter("weight" + SUFFIX, nn.Parameter(mirror.cut(module.weight)))
-    module._mirrors = {"weight": mirror}
-    mirror.adopt()
-    mirror.copy(module.weight, module.weight_slice)
-    return module, mirror
+    synced = SyncedSlice(module, "weight", dim, ranges, True)
+    module.register_parameter("weight" + SUFFIX, nn.Parameter(synced.cut(module.weight)))
+    module._synced = {"weight": synced}
+    synced.adopt()
+    synced.copy(module.weight, module.weight_slice)
+    return module, synced
 
 
-def agree(mirror):
-    return torch.equal(mirror.cut(mirror.weight), mirror.leaf)
+def agree(synced):
+    return torch.equal(synced.cut(synced.weight), synced.leaf)
 
 
 def test_leaf_and_weight_find_each_other_and_nothing_else_does():
-    module, mirror = held()
-    assert synced_slice_of(module.weight_slice) is mirror and leaf_of(module.weight) is module.weight_slice
+    module, synced = held()
+    assert synced_slice_of(module.weight_slice) is synced and leaf_of(module.weight) is module.weight_slice
     assert synced_slice_of(module.weight) is None and leaf_of(module.weight_slice) is None
     assert synced_slice_of(nn.Parameter(torch.zeros(1))) is None
-    assert [(name, m) for name, m in synced_slices_in(nn.ModuleDict({"a": module}))] == [("a.weight", mirror)]
+    assert [(name, m) for name, m in synced_slices_in(nn.ModuleDict({"a": module}))] == [("a.weight", synced)]
 
 
 def test_the_tables_keep_nothing_alive():
-    from alps_kernels.tensors import synced_slices as mirrors
+    from alps_kernels.tensors import synced_slices
 
-    module, mirror = held()
+    module, synced = held()
     keys = id(module.weight_slice), id(module.weight)
-    assert keys[0] in mirrors._BY_LEAF and keys[1] in mirrors._BY_WEIGHT
-    del module, mirror
+    assert keys[0] in synced_slices._BY_LEAF and keys[1] in synced_slices._BY_WEIGHT
+    del module, synced
     gc.collect()
-    assert keys[0] not in mirrors._BY_LEAF and keys[1] not in mirrors._BY_WEIGHT
+    assert keys[0] not in synced_slices._BY_LEAF and keys[1] not in synced_slices._BY_WEIGHT
 
 
 def test_a_step_of_any_optimizer_reaches_the_weight_and_nothing_around_it():
     for dim, ranges in ((0, ROWS), (1, ((1, 3), (4, 5)))):
-        module, mirror = held(dim, ranges)
+        module, synced = held(dim, ranges)
         before = module.weight.clone()
         module.weight_slice.grad = torch.randn_like(module.weight_slice)
         torch.optim.SGD([module.weight_slice], lr=1.0).step()
-        assert agree(mirror) and not torch.equal(module.weight, before)
-        for block in mirror.blocks(before):
+        assert agree(synced) and not torch.equal(module.weight, before)
+        for block in synced.blocks(before):
             block.fill_(0)
         kept = module.weight.clone()
-        for block in mirror.blocks(kept):
+        for block in synced.blocks(kept):
             block.fill_(0)
         assert torch.equal(kept, before)
 
 
 def test_an_unseen_step_shows_by_its_gradient():
-    module, mirror = held()
+    module, synced = held()
     module.weight_slice.data += 1.0
-    assert not mirror.stale(module.weight, module.weight_slice)  # nothing speaks of it
-    mirror.formed = True
+    assert not synced.stale(module.weight, module.weight_slice)  # nothing speaks of it
+    synced.formed = True
     sync_weights(module)
-    assert agree(mirror)
+    assert agree(synced)
 
 
 class Unseen(torch.optim.Optimizer):
@@ -89,42 +89,42 @@ class Unseen(torch.optim.Optimizer):
 
 
 def test_who_writes_both_says_so_and_nothing_is_copied():
-    module, mirror = held()
+    module, synced = held()
     leaf = module.weight_slice
     leaf.grad = torch.zeros_like(leaf)
     optimizer = Unseen([leaf])
-    mirror.written(leaf)  # a lie here: it shows that no copy follows
+    synced.written(leaf)  # a lie here: it shows that no copy follows
     optimizer.step()
-    assert not agree(mirror)
+    assert not agree(synced)
     optimizer.step()
-    assert agree(mirror)
+    assert agree(synced)
 
 
 def test_only_plain_tensors_of_one_dtype_and_device_are_written_through():
-    module, mirror = held()
-    assert mirror.writable(module.weight_slice)
-    assert not mirror.writable(nn.Parameter(module.weight_slice.detach().clone()))
+    module, synced = held()
+    assert synced.writable(module.weight_slice)
+    assert not synced.writable(nn.Parameter(module.weight_slice.detach().clone()))
     module.weight_slice.data = module.weight_slice.data.double()
-    assert not mirror.writable(module.weight_slice)
+    assert not synced.writable(module.weight_slice)
 
 
 def test_a_graph_that_saved_the_weight_stays_usable_where_only_a_gradient_was_formed():
-    module, mirror = held()
+    module, synced = held()
     version = module.weight._version
-    mirror.formed = True
-    mirror.refresh(module.weight, module.weight_slice)
+    synced.formed = True
+    synced.refresh(module.weight, module.weight_slice)
     assert module.weight._version == version
     with torch.no_grad():
         module.weight_slice.add_(1.0)
-    mirror.refresh(module.weight, module.weight_slice)
-    assert module.weight._version > version and agree(mirror)
+    synced.refresh(module.weight, module.weight_slice)
+    assert module.weight._version > version and agree(synced)
 
 
-def test_copies_have_mirrors_of_their_own():
+def test_copies_have_synced_of_their_own():
     module, _ = held()
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         theirs = synced_slice_of(other.weight_slice)
-        assert theirs is other._mirrors["weight"] and theirs.module is other
+        assert theirs is other._synced["weight"] and theirs.module is other
         other.weight_slice.data.fill_(7.0)
         sync_weights(other)
         assert agree(theirs) and not (module.weight == 7.0).any()

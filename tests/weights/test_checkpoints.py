@@ -10,16 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModel,
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
+    AutoModel, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel, LlamaConfig,
+    LlamaForCausalLM, MixtralConfig, MixtralForCausalLM,
 )
 
 import alps_kernels as alps

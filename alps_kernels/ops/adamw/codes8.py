@@ -19,8 +19,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-QUANTUM = 64
+QUANTUM = 64  # elements that share a scale
 SIGNED, UNSIGNED = 127, 255
+
+
+def n_scales(numel: int) -> int:
+    """How many scales the codes of a block of so many elements have."""
+    return -(-numel // QUANTUM)
 
 
 def decode8(codes: Tensor, scales: Tensor) -> Tensor:
@@ -32,10 +37,9 @@ def decode8(codes: Tensor, scales: Tensor) -> Tensor:
 
 def encode8(x: Tensor) -> tuple[Tensor, Tensor]:
     """float32 of one block -> int8 codes of its shape, to nearest, and scales [ceil(n / 64)]."""
-    root = _root(_rows(x.abs()))
-    scale = _scale(root, SIGNED)
-    code = (root * _inverse(scale)).round_().clamp_(max=SIGNED)
-    return _codes(_unrowed(code, x).copysign_(x), torch.int8), scale[:, 0]
+    code, scale = _scaled(_rows(x.abs()), SIGNED)
+    code.round_().clamp_(max=SIGNED)
+    return _unrowed(code, x).copysign_(x).nan_to_num(nan=0.0).to(torch.int8), scale[:, 0]
 
 
 def encode8_stochastically(x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -45,9 +49,7 @@ def encode8_stochastically(x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tens
         bits: whole numbers from 0 to 65535, of the shape of `x`; None: to nearest.
     """
     rows = _rows(x)
-    root = _root(rows)
-    scale = _scale(root, UNSIGNED)
-    code = root * _inverse(scale)
+    code, scale = _scaled(rows, UNSIGNED)
     if bits is None:
         code.round_().clamp_(max=UNSIGNED)
     else:
@@ -55,7 +57,7 @@ def encode8_stochastically(x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tens
         low, high = ((c * scale).square_().square_() for c in (code, code + 1))
         code += (rows - low) * 65536 > _rows(bits.float()) * (high - low)
     code = torch.where(rows > 0, code.clamp_(min=1), 0.0)
-    return _codes(_unrowed(code, x), torch.uint8), scale[:, 0]
+    return _unrowed(code, x).nan_to_num(nan=0.0).to(torch.uint8), scale[:, 0]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -68,18 +70,8 @@ def _unrowed(rows: Tensor, like: Tensor) -> Tensor:
     return rows.reshape(-1)[:like.numel()].view(like.shape)
 
 
-def _root(x: Tensor) -> Tensor:
-    return x.sqrt().sqrt_()
-
-
-def _scale(root: Tensor, codes: int) -> Tensor:
-    """[n, 1]; infinite where one of the 64 is NaN."""
-    return root.nan_to_num(nan=float("inf"), posinf=float("inf")).amax(1, keepdim=True) / codes
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    return 1 / scale.clamp_min(1e-30)
-
-
-def _codes(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.nan_to_num(nan=0.0).to(dtype)
+def _scaled(rows: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """Fourth roots in units of their scales, and the scales, [n, 1]: infinite where one of the 64 is NaN."""
+    root = rows.sqrt().sqrt_()
+    scale = root.nan_to_num(nan=float("inf"), posinf=float("inf")).amax(1, keepdim=True) / codes
+    return root * (1 / scale.clamp_min(1e-30)), scale

@@ -1,4 +1,4 @@
-"""What a launch costs the host: pinned buffers that cannot race, and launches past Triton's dispatch."""
+"""Low-overhead kernel launches with pinned staging buffers."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .param_update import Hyper
+from .param_update import HyperRow
 from .tables import Pointers, packed
 
 
 class Stage:
-    """Pinned memory and its place on the device, for the pointers and the numbers of one step.
+    """Pinned memory and its place on the device, for the pointers and the hyperparameters of one step.
 
     Neither is written again before the kernel that read it last is through: the host waits for
     the event before it writes the pinned memory, the stream before it copies.
 
     Args:
         n_params: rows of the pointer table.
-        capacity: rows of numbers, at most.
+        capacity: rows of hyperparameters, at most.
     """
 
     def __init__(self, n_params: int, capacity: int, device: torch.device) -> None:
         self.capacity, cuda = capacity, device.type == "cuda"
         self.at = n_params * len(Pointers._fields) * 8  # a multiple of 16
-        size = self.at + capacity * len(Hyper._fields) * 4
+        size = self.at + capacity * len(HyperRow._fields) * 4
         self.pinned = torch.empty(size, dtype=torch.uint8, pin_memory=cuda)
         self.there = torch.empty(size, dtype=torch.uint8, device=device)
         self.buffer = (ctypes.c_char * size).from_address(self.pinned.data_ptr())
         self.pointers = self.there[:self.at].view(torch.int64).view(n_params, len(Pointers._fields))
-        self.numbers = self.there[self.at:].view(torch.float32).view(capacity, len(Hyper._fields))
+        self.hypers = self.there[self.at:].view(torch.float32).view(capacity, len(HyperRow._fields))
         self.done = torch.cuda.Event() if cuda else None
         self.written: array | None = None
 
-    def upload(self, pointers: array, rows: Sequence[Hyper] = (), *, captured: bool = False) -> None:
+    def upload(self, pointers: array, rows: Sequence[HyperRow] = (), *, captured: bool = False) -> None:
         """Copy both tables to the device; `pointers`, row after row, must not change once it was given.
 
         Args:

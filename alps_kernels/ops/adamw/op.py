@@ -13,40 +13,40 @@ from torch import Tensor
 from ..device import device_code, on_device, triton_type
 from . import cpu
 from .launch import KernelLaunch, Stage
-from .param_update import Numbers, Update
+from .param_update import HyperTable, ParamUpdate
 from .tables import TILE, VECTOR, WIDE, Pointers, aligned, packed_on_device, pointers_of, tiles_of, with_grads
 
 RING = 4  # steps whose tables may be on their way at once
 WARPS = {True: 4, False: 8}  # of the aligned and the unaligned variant: an address for each element takes registers
 
 
-def head_adamw_(updates: Sequence[Update], numbers: Numbers, *, control: Tensor | None = None, seed: int = 0,
+def head_adamw_(updates: Sequence[ParamUpdate], hypers: HyperTable, *, control: Tensor | None = None, seed: int = 0,
                 launches: Launches | None = None, backend: str | None = None) -> None:
     """One AdamW step, in place; `oracle.head_adamw_` says what that is.
 
     All tables are made before the first launch. One launch for every (device, param, grad,
     state) dtype tuple; tensors that the kernel cannot address (float64, rows that are not
-    contiguous) go to the CPU backend, which advances `Update.step` of its parameters. Those of
+    contiguous) go to the CPU backend, which advances `ParamUpdate.step` of its parameters. Those of
     the kernel are for the caller to advance, unless a later launch fails.
 
     Args:
         updates: parameters of any dtypes, on any devices, whose shapes fit.
-        numbers: of this step.
+        hypers: of this step.
         control: [2] float32: what gradients are multiplied by, and whether (not zero) nothing
             may move.
         seed: of stochastic rounding, below 2^64.
         launches: where the tables of earlier steps are kept for the next; the same list of
-            updates then means that nothing but numbers changed since.
+            updates then means that nothing but hyperparameters changed since.
         backend: "triton" to run the kernel whatever the device (in Triton's interpreter),
             "torch" never to; default: the kernel on CUDA.
     """
     launches = launches if launches is not None else Launches()
     plans = launches.of(updates, seed, backend)
     if launches.plain:
-        cpu.head_adamw_(launches.plain, numbers, control=control, seed=seed)
+        cpu.head_adamw_(launches.plain, hypers, control=control, seed=seed)
     for done, plan in enumerate(plans):
         try:
-            plan.step(numbers, control)
+            plan.step(hypers, control)
         except BaseException:
             steps = [updates[i].step for moved in plans[:done] for i in moved.members]
             if steps and steps[0] is not None:
@@ -54,7 +54,7 @@ def head_adamw_(updates: Sequence[Update], numbers: Numbers, *, control: Tensor 
             raise
 
 
-def head_grad_norm(updates: Sequence[Update], *, seed: int = 0, launches: Launches | None = None,
+def head_grad_norm(updates: Sequence[ParamUpdate], *, seed: int = 0, launches: Launches | None = None,
                    backend: str | None = None) -> Tensor:
     """The l2 norm of the gradients over the selected blocks alone, a float64 scalar.
 
@@ -71,7 +71,7 @@ class Launches:
     """Which update goes into which launch, and the tables of each launch, kept from step to step."""
 
     def __init__(self) -> None:
-        self.plain: list[Update] = []  # those of the CPU backend
+        self.plain: list[ParamUpdate] = []  # those of the CPU backend
         self.current: list[Plan] = []
         self._plans: dict[tuple, Plan] = {}
         self._captured: list[Plan] = []  # a CUDA graph reads their tables for as long as it lives
@@ -91,10 +91,11 @@ class Launches:
     def moved(self, grads: Sequence[int] = ()) -> None:
         """The updates changed; `grads`: in nothing but the addresses of their gradients, which are these."""
         updates = self._known[0]
-        if not grads or updates is None or not all(plan.move([grads[i] for i in plan.members]) for plan in self.current):
+        if not grads or updates is None or not all(plan.move([grads[i] for i in plan.members])
+                                                   for plan in self.current):
             self._known = (None, None, None)
 
-    def of(self, updates: Sequence[Update], seed: int, backend: str | None) -> list[Plan]:
+    def of(self, updates: Sequence[ParamUpdate], seed: int, backend: str | None) -> list[Plan]:
         """The launches of these updates; `plain` then holds those for the CPU backend."""
         known, at_seed, on_backend = self._known
         if known is updates and at_seed == seed and on_backend == backend:
@@ -106,18 +107,18 @@ class Launches:
             if backend == "torch" or (backend is None and not update.param.is_cuda) or not update.launchable:
                 plain.append(update)
             elif update.exp_avg.numel():
-                grouped[update.launch].append(index)
+                grouped[update.launch_key].append(index)
         self.current = [self.plan(key, [updates[i] for i in members], seed) for key, members in grouped.items()]
         for plan, members in zip(self.current, grouped.values(), strict=True):
             plan.members = members
         self.plain, self._known = plain, (updates, seed, backend)
         return self.current
 
-    def plan(self, key: tuple, updates: list[Update], seed: int) -> Plan:
+    def plan(self, key: tuple, updates: list[ParamUpdate], seed: int) -> Plan:
         """The tables of this launch, those of an earlier step where they still hold."""
         known = self._plans.get(key)
         layout = [(u.param.shape, u.param.stride(), u.grad.stride(), u.blocks, u.n_rows,
-                   None if u.mirror is None else u.mirror.stride()) for u in updates]
+                   None if u.weight_copy is None else u.weight_copy.stride()) for u in updates]
         pointers = [pointers_of(u, seed) for u in updates]
         if known is not None and known.layout == layout and known.point(pointers):
             return known
@@ -130,14 +131,15 @@ class Launches:
 class Plan:
     """The tables of one launch.
 
-    The work list is built once. Where the host counts steps, addresses and numbers go to the
+    The work list is built once. Where the host counts steps, addresses and hyperparameters go to the
     device together, through a ring of pinned buffers, so that no step waits for another. Where
-    the device counts them, addresses go there when one changed, and the numbers are there.
+    the device counts them, addresses go there when one changed, and the hyperparameters are there.
     """
 
-    def __init__(self, updates: list[Update], layout: list[tuple], pointers: list[Pointers]) -> None:
+    def __init__(self, updates: list[ParamUpdate], layout: list[tuple], pointers: list[Pointers]) -> None:
         first = updates[0]
-        self.layout, self.device, self.pointers = layout, first.param.device, array("q", chain.from_iterable(pointers))
+        self.layout, self.device = layout, first.param.device
+        self.pointers = array("q", chain.from_iterable(pointers))
         self.n_params, self.members = len(updates), list(range(len(updates)))  # places among all updates of a step
         self.on_device = first.counts_on_device
         tiles = [tiles_of(update, index) for index, update in enumerate(updates)]
@@ -145,14 +147,15 @@ class Plan:
         # Tensors that cannot be read 16 bytes at a time, if there are any, take a launch of their own.
         self.tiles = [(torch.cat(rows).to(self.device), hint) for hint in (True, False)
                       if (rows := [t for t, fit in zip(tiles, self.fits, strict=True) if fit == hint])]
-        grad, moment = triton_type(first.grad.dtype), triton_type(first.exp_avg.dtype)
-        code = device_code("head_adamw")
-        self.launches = [(KernelLaunch(code.head_adamw_kernel, len(rows), {
-            "PARAM": triton_type(first.param.dtype), "GRAD": grad, "MOMENT": moment, "MASTER": first.master,
-            "AMSGRAD": first.max_exp_avg_sq is not None, "MIRROR": any(u.mirror is not None for u in updates),
-            "ALIGNED": hint, "GROUPS": TILE // VECTOR}, WARPS[hint]),
-            KernelLaunch(code.head_grad_norm_kernel, len(rows), {"GRAD": grad, "ALIGNED": hint, "GROUPS": TILE // VECTOR},
-                   WARPS[hint])) for rows, hint in self.tiles]
+        code, grad = device_code("head_adamw"), {"GRAD": triton_type(first.grad.dtype)}
+        kind = {"PARAM": triton_type(first.param.dtype), **grad, "MOMENT": triton_type(first.exp_avg.dtype),
+                "MASTER": first.master, "AMSGRAD": first.max_exp_avg_sq is not None,
+                "WEIGHT_COPY": any(u.weight_copy is not None for u in updates)}
+        self.launches = []  # of the step and of the norm, for each of `tiles`
+        for rows, hint in self.tiles:
+            tile = {"ALIGNED": hint, "GROUPS": TILE // VECTOR}
+            self.launches.append((KernelLaunch(code.head_adamw_kernel, len(rows), {**kind, **tile}, WARPS[hint]),
+                                  KernelLaunch(code.head_grad_norm_kernel, len(rows), {**grad, **tile}, WARPS[hint])))
         self.captured = False
         self.ring: list[Stage] = []
         self.turn = 0
@@ -179,7 +182,7 @@ class Plan:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _stage(self, rows: int) -> Stage:
-        """The next of the ring, with room for this many rows of numbers."""
+        """The next of the ring, with room for this many rows of hyperparameters."""
         if not self.ring or self.ring[0].capacity < rows:
             depth = RING if self.device.type == "cuda" and not self.on_device else 1
             self.ring = [Stage(self.n_params, 2 * rows, self.device) for _ in range(depth)]
@@ -187,23 +190,23 @@ class Plan:
         return self.ring[self.turn]
 
     def _pointed(self) -> Stage:
-        """A stage whose pointer table is current on the device; it was given no numbers."""
+        """A stage whose pointer table is current on the device; it was given no hyperparameters."""
         stage, capturing = self._stage(0), self._capturing()
         self.captured |= capturing
         if stage.written is not self.pointers:
             stage.upload(self.pointers, captured=capturing)
         return stage
 
-    def step(self, numbers: Numbers, control: Tensor | None) -> None:
+    def step(self, hypers: HyperTable, control: Tensor | None) -> None:
         if control is not None and control.device != self.device:
             control = control.to(self.device)
         with on_device(self.device):
             if self.on_device:
-                stage, table = self._pointed(), packed_on_device(numbers.tables[self.device])
+                stage, table = self._pointed(), packed_on_device(hypers.on_device[self.device])
             else:
-                stage = self._stage(len(numbers.rows))
-                stage.upload(self.pointers, numbers.rows)
-                table = stage.numbers
+                stage = self._stage(len(hypers.rows))
+                stage.upload(self.pointers, hypers.rows)
+                table = stage.hypers
             for (tiles, _), (step, _) in zip(self.tiles, self.launches, strict=True):
                 step(tiles, stage.pointers, table, control)
             if not self.captured:

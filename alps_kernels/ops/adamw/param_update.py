@@ -1,8 +1,8 @@
-"""What one AdamW step takes for each parameter: the arguments of `head_adamw_`."""
+"""What one AdamW step takes of each parameter, and its hyperparameters: the arguments of `head_adamw_`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...tensors import as_matrix, is_sharded, local
+from .codes8 import n_scales
 
 
 class Block(NamedTuple):
@@ -22,7 +23,8 @@ class Block(NamedTuple):
         offset: the position of its first element in the state.
         stride: elements of state from one of its rows to the next.
         span: which of the parameter's step counts is its.
-        mirror: where along `dim` the block begins in the parameter's mirror.
+        copy_start: where along `dim` the block begins in `ParamUpdate.weight_copy`.
+        scale: the first of its scales, where moments have 8 bits.
     """
 
     dim: int
@@ -31,23 +33,28 @@ class Block(NamedTuple):
     offset: int
     stride: int
     span: int = 0
-    mirror: int = 0
+    copy_start: int = 0
+    scale: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
         """The block as a 2-D view of `tensor`, which has the parameter's shape."""
         return as_matrix(tensor).narrow(self.dim, self.start, self.stop - self.start)
 
-    def of_mirror(self, weight: Tensor) -> Tensor:
-        """The block's place in the mirror, a 2-D view."""
-        return as_matrix(weight).narrow(self.dim, self.mirror, self.stop - self.start)
+    def of_copy(self, weight: Tensor) -> Tensor:
+        """The block's place in the synchronised copy, a 2-D view."""
+        return as_matrix(weight).narrow(self.dim, self.copy_start, self.stop - self.start)
 
     def of_state(self, compact: Tensor, shape: torch.Size) -> Tensor:
         """The block's state as a view [rows, cols] of a compact state tensor, [numel]."""
         return compact.as_strided(shape, (self.stride, 1), compact.storage_offset() + self.offset)
 
+    def of_scales(self, scales: Tensor, shape: torch.Size) -> Tensor:
+        """The block's scales, a view."""
+        return scales.narrow(0, self.scale, n_scales(shape.numel()))
 
-class Hyper(NamedTuple):
-    """The numbers of one step of one parameter (or block), float64 on the host.
+
+class HyperRow(NamedTuple):
+    """The hyperparameters of one step of one parameter (or block), float64 on the host.
 
     With t the step that is being taken, c = 1 - beta^t:
     decay 1 - lr weight_decay, weight 1 - beta, root2 sqrt(c2), step_size lr / c1, sign -1 to
@@ -65,47 +72,41 @@ class Hyper(NamedTuple):
     step: float
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], step: float) -> Hyper:
-        """The numbers of step `step` (1, 2, ...), in the order in which torch computes them."""
-        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+    def of(cls, group: Mapping[str, Any], step: float, number: Callable = float) -> HyperRow:
+        """Those of step `step` (1, 2, ...), in the order in which torch computes them; `number` reads lr."""
+        lr, (beta1, beta2) = number(group["lr"]), map(float, group["betas"])
         return cls(1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5,
                    group["eps"], lr / (1 - beta1**step), -1.0 if group["maximize"] else 1.0, step)
 
 
 @dataclass
-class Numbers:
-    """The numbers of one step, of all its parameters; `Update.row` says which are whose.
+class HyperTable:
+    """The hyperparameters of one step, of all its parameters; `ParamUpdate.row` says which are whose.
 
     Attributes:
         rows: of parameters whose step the host counts.
-        tables: float64 [n, len(Hyper)], of those whose step only their device knows (`capturable`).
+        on_device: float64 [n, len(HyperRow)], of those whose step only their device counts (`capturable`).
     """
 
-    rows: list[Hyper] = field(default_factory=list)
-    tables: dict[torch.device, Tensor] = field(default_factory=dict)
+    rows: list[HyperRow] = field(default_factory=list)
+    on_device: dict[torch.device, Tensor] = field(default_factory=dict)
 
-    def of(self, update: Update) -> list[Hyper]:
+    def of(self, update: ParamUpdate) -> list[HyperRow]:
         """A parameter's rows; waits for its device where that counts."""
         rows = slice(update.row, update.row + update.n_rows)
         if not update.counts_on_device:
             return self.rows[rows]
-        return [Hyper(*row) for row in self.tables[update.param.device][rows].tolist()]
+        return [HyperRow(*row) for row in self.on_device[update.param.device][rows].tolist()]
 
 
-def numbers_on_device(group: Mapping[str, Any], steps: Tensor) -> Tensor:
-    """`Hyper.of` in tensor operations, one row for each of `steps` (float64), on their device."""
-    lr = group["lr"].to(steps) if isinstance(group["lr"], Tensor) else torch.full_like(steps, group["lr"])
-    beta1, beta2 = map(float, group["betas"])
-    ones = torch.ones_like(steps)
-    return torch.stack([
-        1 - ones * lr * group["weight_decay"], ones * (1 - beta1), ones * beta2, ones * (1 - beta2),
-        (1 - beta2**steps).sqrt(), ones * group["eps"], lr / (1 - beta1**steps),
-        -ones if group["maximize"] else ones, steps,
-    ], 1)
+def hyper_rows_on_device(group: Mapping[str, Any], steps: Tensor) -> Tensor:
+    """`HyperRow.of` in tensor operations, one row for each of `steps` (float64), on their device."""
+    row = HyperRow.of(group, steps, lambda lr: lr.to(steps) if isinstance(lr, Tensor) else torch.full_like(steps, lr))
+    return torch.stack([torch.ones_like(steps) * x for x in row], 1)
 
 
 @dataclass(eq=False)
-class Update:
+class ParamUpdate:
     """One parameter of one step; kept for the next one, which may change `grad` and nothing else.
 
     Attributes:
@@ -118,14 +119,14 @@ class Update:
             dtype for "kahan", None otherwise.
         master: None, "split", "kahan" or "stochastic"; only where the parameter has 16 bits.
         stream: which stream of random bits is this parameter's.
-        row, n_rows: its rows of `Numbers`: one for all blocks, or one for each span of blocks.
-        counts_on_device: its rows are in `Numbers.tables`.
+        row, n_rows: its rows of `HyperTable`: one for all blocks, or one for each span of blocks.
+        counts_on_device: its rows are in `HyperTable.on_device`.
         scales: of 8-bit exp_avg (int8) and exp_avg_sq (uint8), float32, one for 64 elements of
             a block, block after block; None for other moments.
         step: the parameter's step count, where this step is to advance it.
         owner, sharded: the parameter as the optimizer knows it; whether `param` is a shard of it.
-        mirror: a weight of the parameter's dtype that holds the same values at
-            `Block.mirror`; the step writes them there too.
+        weight_copy: of a sliced leaf: the full weight, of the same dtype, that holds a synchronised
+            copy of its values at `Block.copy_start`; the step writes them there too.
     """
 
     name: str
@@ -142,7 +143,7 @@ class Update:
     n_rows: int = 1
     counts_on_device: bool = False
     scales: tuple[Tensor, Tensor] | None = None
-    mirror: Tensor | None = None
+    weight_copy: Tensor | None = None
     step: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -153,7 +154,7 @@ class Update:
             self.max_exp_avg_sq, self.low = (t if t is None else local(t) for t in (self.max_exp_avg_sq, self.low))
 
     @cached_property
-    def launch(self) -> tuple:
+    def launch_key(self) -> tuple:
         """What tensors share that share a launch."""
         return (self.param.device, self.param.dtype, self.grad.dtype, self.exp_avg.dtype, self.master,
                 self.max_exp_avg_sq is not None, self.counts_on_device)
@@ -161,17 +162,9 @@ class Update:
     @property
     def launchable(self) -> bool:
         """The kernel can address it: contiguous where all of it trains, else with contiguous rows."""
-        tensors = (self.param, self.grad) if self.mirror is None else (self.param, self.grad, self.mirror)
+        tensors = [t for t in (self.param, self.grad, self.weight_copy) if t is not None]
         if torch.float64 in (self.param.dtype, self.grad.dtype):
             return False
         if self.blocks is None:
             return all(t.is_contiguous() for t in tensors)
         return all(t.is_contiguous() or t.ndim == 1 or (t.ndim == 2 and t.stride(1) == 1) for t in tensors)
-
-    def parts(self, numbers: Numbers) -> list[tuple[Hyper, list[Block | None]]]:
-        """The blocks that share their numbers, None for the whole parameter."""
-        blocks = list(self.blocks) if self.blocks is not None else [None]
-        rows = numbers.of(self)
-        if len(rows) == 1:
-            return [(rows[0], blocks)]
-        return [(row, [block for block in blocks if block.span == span]) for span, row in enumerate(rows)]

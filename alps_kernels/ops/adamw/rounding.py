@@ -7,6 +7,7 @@ from torch import Tensor
 
 NAN_BITS = 0x7FC00000
 MASK32 = 0xFFFFFFFF
+PARAM_BITS, EXP_AVG_BITS, EXP_AVG_SQ_BITS = range(3)  # what random bits round: `random_bits`'s purpose
 
 
 def join(param: Tensor, low: Tensor | None) -> Tensor:
@@ -67,7 +68,8 @@ def round_stochastically(value: Tensor, bits: Tensor, dtype: torch.dtype) -> Ten
     return torch.where(value.isfinite(), moved, value).to(dtype)
 
 
-def random_bits(n: int, seed: int, step: int, stream: int, purpose: int, device: torch.device | str = "cpu") -> Tensor:
+def random_bits(n: int, seed: int, step: int, stream: int, purpose: int,
+                device: torch.device | str = "cpu") -> Tensor:
     """16 random bits for each of n state elements, int64 [n]: Philox 4x32-10.
 
     Counter (i // 8, step, 4 stream + purpose), key `seed`; element i takes half i % 2 of word

@@ -1,4 +1,4 @@
-"""The tables of the AdamW kernel: which tile is whose, where everything lies, and the step's numbers."""
+"""Tile, pointer and hyperparameter tables of the AdamW kernel; `csrc_triton.head_adamw` names the same columns."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from ...tensors import as_matrix
-from .param_update import Block, Hyper, Update
+from .codes8 import QUANTUM
+from .param_update import Block, HyperRow, ParamUpdate
 
 TILE = 1024  # elements: 8 for each thread of 4 warps
 VECTOR = 8  # elements: 16 bytes of a 16-bit type
-QUANTUM = 64  # elements of 8-bit moments that share a scale
-ROOT2 = Hyper._fields.index("root2")
+ROOT2 = HyperRow._fields.index("root2")
 
 
 class Tile(NamedTuple):
     """A row of the work list: `limit` elements of a rectangle, row after row; all counts in elements.
 
     Element k lies in row (first + k) // width and column (first + k) % width; the offsets are
-    those of row 0 and column 0 in param, grad, state and mirror. A flat run is one row.
+    those of row 0 and column 0 in param, grad, state and weight copy. A flat run is one row.
     """
 
     param: int
@@ -37,15 +37,15 @@ class Tile(NamedTuple):
     width: int
     limit: int
     scale: int  # the first of its scales
-    w_off: int
-    w_stride: int
+    copy_off: int
+    copy_stride: int
 
 
 LENGTHS = [i for i, name in enumerate(Tile._fields) if name not in ("param", "hyper", "scale")]
 
 
 class Pointers(NamedTuple):
-    """A row of the pointer table: addresses, 0 for none; then the first row of numbers, stream and seed."""
+    """A row of the pointer table: addresses, 0 for none; then its first row of hyperparameters, stream and seed."""
 
     param: int
     grad: int
@@ -55,7 +55,7 @@ class Pointers(NamedTuple):
     low: int
     exp_avg_scale: int
     exp_avg_sq_scale: int
-    mirror: int
+    weight_copy: int
     hyper: int
     stream: int
     seed: int
@@ -64,25 +64,24 @@ class Pointers(NamedTuple):
 WIDE = [i for i, name in enumerate(Pointers._fields[:9]) if not name.endswith("scale")]  # read 16 bytes at a time
 
 
-def tiles_of(update: Update, param: int) -> Tensor:
+def tiles_of(update: ParamUpdate, param: int) -> Tensor:
     """The tiles of one parameter, int64 [n, len(Tile)]."""
     whole = update.param.numel()
     if update.blocks is None:
         return _tiles(Tile(param, 0, 0, 0, 0, 0, 0, 0, 0, whole, 0, 0, 0, 0), 1, whole)
-    pieces, scale = [], 0
+    pieces = []
     n_rows, n_cols = as_matrix(update.param).shape
     strides = [as_matrix(update.param).stride(0), as_matrix(update.grad).stride(0)]
-    w_stride = 0 if update.mirror is None else as_matrix(update.mirror).stride(0)
+    copy_stride = 0 if update.weight_copy is None else as_matrix(update.weight_copy).stride(0)
     for block in update.blocks:
         starts = [_start(block, stride) for stride in strides]
-        w_start = 0 if update.mirror is None else _start(block._replace(start=block.mirror), w_stride)
+        copy_start = 0 if update.weight_copy is None else _start(block._replace(start=block.copy_start), copy_stride)
         size = block.stop - block.start
         height, width = (size, n_cols) if block.dim == 0 else (n_rows, size)
-        if {*strides, block.stride, w_stride or width} == {width} or height == 1:
+        if {*strides, block.stride, copy_stride or width} == {width} or height == 1:
             height, width = 1, height * width
         pieces.append(_tiles(Tile(param, block.span if update.n_rows > 1 else 0, *starts, block.offset, *strides,
-                                  block.stride, 0, width, 0, scale, w_start, w_stride), height, width))
-        scale += n_scales(block, update.param)
+                                  block.stride, 0, width, 0, block.scale, copy_start, copy_stride), height, width))
     return torch.cat(pieces) if pieces else torch.empty(0, len(Tile._fields), dtype=torch.int64)
 
 
@@ -95,10 +94,10 @@ def _tiles(first: Tile, height: int, width: int) -> Tensor:
     n = height * width
     at = torch.arange(0, n, TILE, dtype=torch.int64)
     tiles = {name: torch.full_like(at, value) for name, value in first._asdict().items()}
-    for name in ("p", "g", "s", "w"):
+    for name in ("p", "g", "s", "copy"):
         tiles[f"{name}_off"] += at if height == 1 else at // max(width, 1) * tiles[f"{name}_stride"]
     if height == 1:  # tiles of one row each: strides and width mean nothing
-        for name in ("p_stride", "g_stride", "s_stride", "w_stride", "width"):
+        for name in ("p_stride", "g_stride", "s_stride", "copy_stride", "width"):
             tiles[name].fill_(TILE)
     else:
         tiles["first"] = at % max(width, 1)
@@ -107,17 +106,9 @@ def _tiles(first: Tile, height: int, width: int) -> Tensor:
     return torch.stack([tiles[name] for name in Tile._fields], 1)
 
 
-def n_scales(block: Block | None, param: Tensor) -> int:
-    """How many scales the 8-bit moments of a block have; None: of the whole parameter."""
-    rows, cols = as_matrix(param).shape
-    if block is not None:
-        rows, cols = (block.stop - block.start, cols) if block.dim == 0 else (rows, block.stop - block.start)
-    return -(-rows * cols // QUANTUM)
-
-
-def pointers_of(update: Update, seed: int) -> Pointers:
+def pointers_of(update: ParamUpdate, seed: int) -> Pointers:
     tensors = (update.param, update.grad, update.exp_avg, update.exp_avg_sq, update.max_exp_avg_sq, update.low,
-               *(update.scales or (None, None)), update.mirror)
+               *(update.scales or (None, None)), update.weight_copy)
     return Pointers(*(0 if t is None else t.data_ptr() for t in tensors), update.row, update.stream,
                     seed - 2**64 * (seed >= 2**63))
 
@@ -134,13 +125,13 @@ def aligned(tiles: Tensor, pointers: Sequence[int]) -> bool:
     return not any(pointers[i] % 16 for i in WIDE) and not bool((tiles[:, LENGTHS] % VECTOR).any())
 
 
-def packed(rows: Sequence[Hyper]) -> list[float]:
-    """The table of numbers, row after row, as the kernel reads it: with the inverse of root2."""
+def packed(rows: Sequence[HyperRow]) -> list[float]:
+    """The hyperparameter table, row after row, as the kernel reads it: with the inverse of root2."""
     return [x for row in rows for x in (*row[:ROOT2], 1 / row[ROOT2], *row[ROOT2 + 1:])]
 
 
 def packed_on_device(table: Tensor) -> Tensor:
-    """The same of rows that are on their device, float64 [n, len(Hyper)] -> float32."""
+    """The same of rows that are on their device, float64 [n, len(HyperRow)] -> float32."""
     table = table.clone()
     table[:, ROOT2].reciprocal_()
     return table.float()

@@ -68,8 +68,9 @@ def head_delta_projection(layers: Sequence[tuple[Segment, Segment, Segment]], me
     return _dispatch(layers, metrics, temperature, backend, projection=True)
 
 
-def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str | None, projection: bool) -> dict[str, Tensor]:
-    """Layers of one kind in one launch each, the others and what the kernels do not do by the reference."""
+def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str | None,
+              projection: bool) -> dict[str, Tensor]:
+    """Layers of one kind in one launch each, the others and what the kernels do not do by the CPU backend."""
     plain = cpu.head_delta_projection if projection else cpu.head_delta
     summed = [name for name in metrics if name != "pad_values"]  # a sort, which torch does well
     norms = bool({"cosine_weights", "relative"} & set(metrics))
@@ -108,8 +109,9 @@ def _kind(layer: Sequence[Segment], projection: bool) -> tuple:
     """What layers of one launch have in common."""
     if not projection:
         return (layer[0].base.device,)
-    q, k, v = layer
-    return (q.base.device, q.base.shape[1:], v.base.shape[1], q.base.dtype, q.task.dtype, q.base.stride(1), q.task.stride(1))
+    q, _, v = layer
+    return (q.base.device, q.base.shape[1:], v.base.shape[1], q.base.dtype, q.task.dtype,
+            q.base.stride(1), q.task.stride(1))
 
 
 def _refuse_unsound(sums: Sums, indices: Sequence[int], widths: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .workers import Workers
@@ -39,12 +40,14 @@ SAMPLES = 1024  # of G, to see how far from a straight line its sum runs
 # The sums over a head's elements that a metric is made of.
 SUMS = {
     "pad": {"steps"}, "pad_index": {"steps"}, "pad_values": {"values"}, "kl": {"even", "odd"}, "js": {"js"},
-    "cosine": {"cc", "cd", "ddp"}, "cosine_weights": {"bb", "bd", "dd"}, "euclidean": {"dd"}, "relative": {"bb", "dd"},
+    "cosine": {"cc", "cd", "ddp"}, "cosine_weights": {"bb", "bd", "dd"},
+    "euclidean": {"dd"}, "relative": {"bb", "dd"},
 }
 
 
-def near(stretches: Iterable[tuple[Tensor, Tensor]], wanted: Set[str], tau: float, workers: Workers) -> dict[str, Tensor]:
-    """What `judged` makes metrics of: sums over rows of weights and the same rows moved.
+def sums_of(stretches: Iterable[tuple[Tensor, Tensor]], wanted: Set[str], tau: float,
+            workers: Workers) -> dict[str, Tensor]:
+    """The sums that `metrics_of` needs, over rows of weights and the same rows moved.
 
     Args:
         stretches: of the rows of some heads, one after the other, the base times `scale(tau)` and
@@ -89,7 +92,7 @@ class _Passes:
 
     def _close(self) -> None:
         parts = [part for each in self._parts.values() for part in each]
-        sums = torch.stack(parts).view(len(self._parts), -1, len(parts[0])).double().sum(1)
+        sums = rearrange(parts, "(name stretch) head -> name stretch head", name=len(self._parts)).double().sum(1)
         self.sums |= zip(self._parts, sums, strict=True)
         self._parts.clear()
 
@@ -149,8 +152,9 @@ class _Passes:
             self._close()
 
     def step(self) -> None:
-        """Sum the CDF differences. What rounding left at the last element, where they are 0, is taken off along the way."""
-        n, index = self.n, self.workers.counted(self.n, self.end.device).split([cdf.shape[1] for _, cdf in self.held])
+        """Sum the CDF differences. What rounding left at the last, which is 0, is taken off along the way."""
+        n, widths = self.n, [cdf.shape[1] for _, cdf in self.held]
+        index = self.workers.counted(n, self.end.device).split(widths)
         for (_, cdf), numbers in zip(self.held, index, strict=True):
             self._parts["steps"].append(cdf.addcmul_(numbers, self.end / -n).abs_().sum(1))
         self._close()
@@ -160,7 +164,7 @@ class _Passes:
         self.sums["rest"] = ((shares / shares[:, -1:] - line).abs().amax(1) * self.end.squeeze(1).abs()).double()
 
 
-def judged(s: Mapping[str, Tensor], wanted: Set[str], tau: float) -> tuple[dict[str, Tensor], Tensor]:
+def metrics_of(s: Mapping[str, Tensor], wanted: Set[str], tau: float) -> tuple[dict[str, Tensor], Tensor]:
     """The metrics of heads with these sums, float64 [heads]; and for which heads they hold, bool [heads].
 
     Those are finite, not far from their base, not concentrated in few weights, no sum left to rounding.

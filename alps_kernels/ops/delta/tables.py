@@ -1,12 +1,13 @@
-"""The launches of the scoring kernels: work lists, carries between tiles, and what the sums mean."""
+"""Tables and launches of the scoring kernels: work lists, carries between tiles, scores from their sums."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..device import device_code, on_device, triton_type
@@ -15,12 +16,21 @@ from .small_changes import CANCELLED, CONCENTRATED, cosine_distance
 BLOCK = 2048  # elements of a tile: 64 for each thread of a warp
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 ROWS, K_BLOCK = 16, 32  # of a projection's tile; with d_v = 128 a tile is 2,048 elements
-STATS, SCANS = 8, 8  # columns of the kernels' tables
-# Pass A takes exp(logit) without a shift. A head whose largest is beyond this, or below its inverse, is doubtful: logits
-# so far from 0 have float32 digits too few, and the sums of the latter may underflow.
+# Pass A takes exp(logit) without a shift. A head whose largest is beyond this, or below its inverse, is doubtful:
+# logits so far from 0 have float32 digits too few, and the sums of the latter may underflow.
 RANGE = 2.0**32
 LARGE = 1.0  # |x| beyond which a weight that dominates leaves a small Z_T to float32 rounding: then float64
 LAUNCHABLE = (torch.float32, torch.float16, torch.bfloat16)
+
+# The columns of the kernels' tables, as in csrc_triton. int64 tables of addresses, counts and strides in elements:
+# a tile that is not flat has its segment and its first element in it as `base` and `task`.
+TileRow = namedtuple("TileRow", "base task slot count last")
+SegmentRow = namedtuple("SegmentRow", "base task cols base_row base_col task_row task_col _", rename=True)
+HeadRow = namedtuple("HeadRow", "q_base q_task group")
+# float32 tables, a row a slot: what pass A sums, what pass B starts from, and what it sums.
+StatRow = namedtuple("StatRow", "e moved dd bb bd top far _", rename=True)
+StartRow = namedtuple("StartRow", "carry shift r growth far")
+ScanRow = namedtuple("ScanRow", "steps kl js aa ac cc _ _", rename=True)
 
 
 class TileKind(NamedTuple):
@@ -73,12 +83,13 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, norms: b
         first = sum(map(len, products[0]))
         for out, product in zip(products, _group_products(k, v, list(pairs)), strict=True):
             out.append(product)
-        rows += [(address(q.base, i), address(q.task, i), first + pairs[pair])
-                 for i, pair in zip(q.index, zip(k.index, v.index, strict=True), strict=True)]
-    where = torch.tensor(rows, dtype=torch.int64).to(device)
+        groups = torch.tensor([first + pairs[pair] for pair in zip(k.index, v.index, strict=True)])
+        rows.append(torch.stack(HeadRow(_addresses(q.base, q.index), _addresses(q.task, q.index), groups), 1))
+    where = torch.cat(rows).to(device)  # [heads, HeadRow]
     m_base, m_task, m_delta = (torch.cat(product).float() for product in products)
     kernels = device_code("head_projection")
-    sums = Sums(len(rows), slots, torch.full((len(rows),), float(d_model * d_v), dtype=torch.float64, device=device))
+    heads = len(where)
+    sums = Sums(heads, slots, torch.full((heads,), float(d_model * d_v), dtype=torch.float64, device=device))
     common = {
         "BASE": triton_type(q.base.dtype), "TASK": triton_type(q.task.dtype), "D_K": d_k, "D_V": d_v,
         "V_PAD": max(16, 1 << (d_v - 1).bit_length()), "ROWS": ROWS, "K_BLOCK": K_BLOCK,
@@ -87,9 +98,9 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, norms: b
     }
     strides = (d_model, q.base.stride(1), q.task.stride(1), 1 / tau)
     with on_device(device):
-        kernels.projection_stats_kernel[(len(rows), slots)](
+        kernels.projection_stats_kernel[(heads, slots)](
             where, m_base, m_task, m_delta, sums.stats, *strides, NORMS=norms, **common)
-        kernels.projection_scan_kernel[(len(rows), slots)](
+        kernels.projection_scan_kernel[(heads, slots)](
             where, m_base, m_task, m_delta, sums.between(), sums.scans, *strides, EXTRA=extra, **common)
     return sums
 
@@ -102,17 +113,12 @@ def _group_products(k: Any, v: Any, pairs: list[tuple[int, int]]) -> tuple[Tenso
             (k_task - k_base) @ v_task.mT + k_base @ (v_task - v_base).mT)
 
 
-def address(blocks: Tensor, i: int) -> int:
-    return blocks.data_ptr() + i * blocks.stride(0) * blocks.element_size()
+def _addresses(blocks: Tensor, index: Sequence[int]) -> Tensor:
+    return blocks.data_ptr() + torch.tensor(index) * (blocks.stride(0) * blocks.element_size())
 
 
 def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[TileKind, Tensor], Tensor, list[int]]:
-    """Tiles by launch (int64 [n, 5]), segments (int64 [n, 8]), sizes of heads.
-
-    A tile: its addresses in both models if flat, else its segment and its first element there; slot,
-    count, whether it is the head's last. A segment is one matrix of one head: addresses in both models,
-    cols, row and column strides.
-    """
+    """Tiles by launch [n, TileRow], segments [n, SegmentRow], each one matrix of one head, and sizes of heads."""
     tiles, segments, sizes = defaultdict(list), [], []
     n_segments = 0
     for layer in layers:
@@ -120,10 +126,9 @@ def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[TileKi
         first_slot = (len(sizes) + heads) * slots
         for position, s in enumerate(layer):
             size, cols = s.base[0].numel(), s.base.shape[2]
-            index = torch.tensor(s.index)
-            where = [side.data_ptr() + index * (side.stride(0) * side.element_size()) for side in (s.base, s.task)]
-            fixed = torch.tensor([cols, *s.base.stride()[1:], *s.task.stride()[1:], 0]).expand(len(heads), -1)
-            segments.append(torch.cat([torch.stack(where, 1), fixed], 1))
+            where = [_addresses(side, s.index) for side in (s.base, s.task)]
+            row = SegmentRow(*where, *map(torch.tensor, (cols, *s.base.stride()[1:], *s.task.stride()[1:], 0)))
+            segments.append(torch.stack(torch.broadcast_tensors(*row), 1))
             start = torch.arange(0, size, BLOCK)
             count = (size - start).clamp(max=BLOCK)
             last = torch.zeros_like(start)
@@ -132,11 +137,13 @@ def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[TileKi
                        for side, w in zip((s.base, s.task), where, strict=True)) and size % 16 == 0
             at = ([w[:, None] + start * side.element_size() for side, w in zip((s.base, s.task), where, strict=True)]
                   if flat else [(n_segments + heads)[:, None], start])
-            grid = torch.stack(torch.broadcast_tensors(*at, first_slot[:, None] + torch.arange(len(start)), count, last), -1)
+            row = TileRow(*at, first_slot[:, None] + torch.arange(len(start)), count, last)
+            grid = torch.stack(torch.broadcast_tensors(*row), -1)  # [heads, tiles of a head, TileRow]
             full = (count == BLOCK) & flat
             for which in (full, ~full):
                 if which.any():
-                    tiles[TileKind(s.base.dtype, s.task.dtype, flat, which is full)].append(grid[:, which].flatten(0, 1))
+                    tiles[TileKind(s.base.dtype, s.task.dtype, flat, which is full)].append(
+                        rearrange(grid[:, which], "head tile column -> (head tile) column"))
             n_segments += len(heads)
             first_slot = first_slot + len(start)
         sizes += [sum(s.base[0].numel() for s in layer)] * len(heads)
@@ -144,67 +151,66 @@ def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[TileKi
 
 
 class Sums:
-    """What both passes leave behind, and what it comes to in float64.
+    """The sums of both passes, and the scores that they make in float64.
 
     Attributes:
-        stats, scans: float32 [heads * slots, 8], a row a tile; see the kernels for the columns.
+        stats, scans: float32 [heads, slots, StatRow or ScanRow].
     """
 
     def __init__(self, heads: int, slots: int, sizes: Tensor) -> None:
-        self.sizes, self.shape = sizes, (heads, slots)
-        self.stats = torch.zeros(heads * slots, STATS, device=sizes.device)
-        self.scans = torch.zeros(heads * slots, SCANS, device=sizes.device)
+        self.sizes = sizes
+        self.stats = torch.zeros(heads, slots, len(StatRow._fields), device=sizes.device)
+        self.scans = torch.zeros(heads, slots, len(ScanRow._fields), device=sizes.device)
 
     def between(self) -> Tensor:
-        """What each tile of pass B starts from, float32 [heads * slots, 5].
+        """What each tile of pass B starts from, float32 [heads, slots, StartRow].
 
         The CDF difference before it, times Z_T; then, of its head, the shift with which e is 1 in the
         mean, r and 1 / (1 + r); and a bound of abs(x) + abs(r) in it.
         """
-        stats = self.stats.view(*self.shape, STATS).double()
-        weight, moved, far = stats[:, :, 0], stats[:, :, 1], stats[:, :, 6]
-        z_base = weight.sum(1, keepdim=True)
-        self.top = stats[:, :, 5].amax(1)
+        s = StatRow(*self.stats.double().unbind(-1))
+        z_base = s.e.sum(1, keepdim=True)
+        self.top = s.top.amax(1)
         self.few = z_base.squeeze(1) / self.top
-        r = moved.sum(1, keepdim=True) / z_base
+        r = s.moved.sum(1, keepdim=True) / z_base
         shift = (z_base / self.sizes[:, None]).log2().float()
         unit = shift.double().neg().exp2()
         self.z_base = (unit * z_base).squeeze(1)
         self.z_task = self.z_base * (1 + r.squeeze(1))
-        change = unit * (moved - r * weight)
-        carry = change.cumsum(1) - change
-        self.squares = stats[:, :, 2:5].sum(1)
-        self.largest = far.amax(1)
-        starts = torch.broadcast_tensors(carry, shift, r, 1 / (1 + r), far + r.abs())
-        return torch.stack(starts, -1).float().flatten(0, 1)
+        change = unit * (s.moved - r * s.e)
+        self.squares = tuple(square.sum(1) for square in (s.dd, s.bb, s.bd))
+        self.largest = s.far.amax(1)
+        starts = StartRow(change.cumsum(1) - change, shift, r, growth=1 / (1 + r), far=s.far + r.abs())
+        return torch.stack(torch.broadcast_tensors(*starts), -1).float()
 
     @property
     def sound(self) -> Tensor:
         """Which heads have finite weights."""
-        return self.squares[:, 0].isfinite()
+        return self.squares[0].isfinite()
+
+    def _summed(self) -> ScanRow:
+        return ScanRow(*self.scans.double().sum(1).unbind(-1))
 
     def doubtful(self, metrics: Sequence[str]) -> Tensor:
-        """Which heads the float32 sums may miss, bool [heads]: they are rare, and the reference takes them."""
-        dd, bb, bd = self.squares.unbind(1)
-        aa, ac, cc = self.scans.view(*self.shape, SCANS)[:, :, 3:6].double().sum(1).unbind(1)
+        """Which heads the float32 sums may miss, bool [heads]: they are rare, and the CPU backend takes them."""
+        (dd, bb, bd), s = self.squares, self._summed()
         held = (self.largest <= LARGE) & (self.few >= CONCENTRATED) & (self.top > 1 / RANGE) & (self.top < RANGE)
         doubt = ~(held & self.z_task.isfinite())  # also where one of them is NaN
-        for name, squares, dots, moved in (("cosine", aa, ac, cc), ("cosine_weights", bb, bd, dd)):
+        for name, squares, dots, moved in (("cosine", s.aa, s.ac, s.cc), ("cosine_weights", bb, bd, dd)):
             if name in metrics:
                 doubt |= moved * squares - dots.square() < CANCELLED * moved * squares
         return doubt
 
     def scores(self, metrics: Sequence[str]) -> dict[str, Tensor]:
         """Every metric that is a sum over tiles, float64 [heads]."""
-        dd, bb, bd = self.squares.unbind(1)
-        steps, kl, js, aa, ac, cc = self.scans.view(*self.shape, SCANS).double().sum(1).unbind(1)[:6]
+        (dd, bb, bd), s = self.squares, self._summed()
         every = {
-            "pad_index": lambda: steps / self.z_task,
-            "pad": lambda: steps / self.z_task / (self.sizes - 1).clamp(min=1),
-            "kl": lambda: kl / self.z_base,
-            "js": lambda: js / self.z_base,
+            "pad_index": lambda: s.steps / self.z_task,
+            "pad": lambda: s.steps / self.z_task / (self.sizes - 1).clamp(min=1),
+            "kl": lambda: s.kl / self.z_base,
+            "js": lambda: s.js / self.z_base,
             "cosine": lambda: cosine_distance(
-                aa / self.z_base**2, ac / (self.z_base * self.z_task), cc / self.z_task**2),
+                s.aa / self.z_base**2, s.ac / (self.z_base * self.z_task), s.cc / self.z_task**2),
             "cosine_weights": lambda: cosine_distance(bb, bd, dd),
             "euclidean": lambda: dd.sqrt(),
             "relative": lambda: torch.where(dd == 0, 0.0, (dd / bb).sqrt()),

@@ -1,18 +1,34 @@
-"""HeadAdamW inside a Trainer: found behind wrappers, resumed, reported."""
+"""HeadAdamW inside a Trainer: found behind wrappers, resumed with the selection of the state that it loads."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops import join
 from ..optim import LOW, HeadAdamW
 from ..selection import BoundParam, BoundSelection
 from ..tensors import merge
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside Accelerate's wrapper."""
+    while not isinstance(optimizer, HeadAdamW) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def refuse_sharded(args: Any) -> None:
+    """Raises ValueError where the Trainer would replace the parameters that a selection is bound to."""
+    plugins = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
+    for what, variable in plugins.items():
+        if getattr(args, what, None) or os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            raise ValueError(f"the Trainer shards the model ({what}), which replaces the parameters that the heads are "
+                             "bound to; train on one device or with DDP")
 
 
 class FollowingHeadAdamW(HeadAdamW):
@@ -23,18 +39,18 @@ class FollowingHeadAdamW(HeadAdamW):
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        before, told = self.heads, None if self.state else self._told(state_dict)
-        if told is None:
+        before, narrower = self.heads, None if self.state else self._narrower(state_dict)
+        if narrower is None:
             return super().load_state_dict(state_dict)
-        self.set_heads(told)
+        self.set_heads(narrower)
         try:
             super().load_state_dict(state_dict)
         except BaseException:
             self.set_heads(before)
             raise
 
-    def _told(self, saved: Any) -> BoundSelection | None:
-        """The selection that the state says, where it is another one and lies in what trains here, else None."""
+    def _narrower(self, saved: Any) -> BoundSelection | None:
+        """The selection of the state, where it is another one and lies in what trains here, else None."""
         ours = {param: slot.part for param, slot in self._slots.items()}
         theirs: list[BoundParam] = []
         try:
@@ -55,22 +71,6 @@ def _within(part: BoundParam, outer: BoundParam) -> bool:
     return outer.full or (part.dim == outer.dim and merge((*part.ranges, *outer.ranges)) == outer.ranges)
 
 
-def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside Accelerate's wrapper."""
-    while not isinstance(optimizer, HeadAdamW) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def refuse_sharded(args: Any) -> None:
-    """Raises ValueError where the Trainer would replace the parameters that a selection is bound to."""
-    plugins = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
-    for what, variable in plugins.items():
-        if getattr(args, what, None) or os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
-            raise ValueError(f"the Trainer shards the model ({what}), which replaces the parameters that the heads are "
-                             "bound to; train on one device or with DDP")
-
-
 @torch.no_grad()
 def masters(optimizer: HeadAdamW, names: Mapping[str, Any]) -> dict[str, Tensor]:
     """The float32 masters of the 16-bit parameters among `names`, where the optimizer's state holds them."""
@@ -83,19 +83,3 @@ def masters(optimizer: HeadAdamW, names: Mapping[str, Any]) -> dict[str, Tensor]
             part.spread(low.reshape(-1), dense)
             found[part.name] = join(part.param.detach(), dense)
     return found
-
-
-def trained_share(bound: BoundSelection, model: nn.Module) -> dict[str, float]:
-    """What trains, counted honestly: elements, not parameters that hold some."""
-    every = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
-    return {"alps_heads": len(bound.selection), "alps_heads_of": sum(bound.selection.heads_per_layer),
-            "alps_trained": bound.numel, "alps_trained_of_model": bound.numel / max(sum(every.values()), 1),
-            "alps_trained_of_qkv": bound.count.share()}
-
-
-def report(log: Callable[[dict[str, float]], None] | None, state: Any, numbers: dict[str, float]) -> None:
-    """Into the Trainer's logs, at least into its history."""
-    if log is not None:
-        log(dict(numbers))
-    else:
-        state.log_history.append({**numbers, "step": state.global_step})

@@ -1,0 +1,59 @@
+"""Small differences of exponentials, and the divergences of distributions that differ little."""
+
+import triton
+import triton.language as tl
+
+TAYLOR = tl.constexpr(0.015625)  # the short series below hold up to it
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def expm1_less(d, r, inv_tau, EXACT: tl.constexpr):
+    """exp(d inv_tau) - 1 - r in float32 without cancellation, to 3e-7 of the larger of both.
+
+    Not EXACT, abs(d inv_tau) must be at most TAYLOR: x + c x^2 + x^3 / 6, where c - 1/2 is what x^4 / 24
+    has of x^2 there (its Chebyshev polynomial), to 4e-8 relative.
+    """
+    if not EXACT:
+        square, cube = inv_tau * inv_tau * 0.50000763, inv_tau * inv_tau * inv_tau * 0.16666667
+        return tl.fma(d, tl.fma(d, tl.fma(d, cube, square), inv_tau), -r)
+    x = d * inv_tau
+    series = 2.7557319e-6 + x * 2.7557319e-7
+    series = 1.9841270e-4 + x * (2.4801587e-5 + x * series)
+    series = 8.3333333e-3 + x * (1.3888889e-3 + x * series)
+    series = 0.16666667 + x * (4.1666668e-2 + x * series)
+    series = x * (1.0 + x * (0.5 + x * series))
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0) - r
+
+
+@triton.jit
+def divergences(m2, m3, m4, growth):
+    """KL and Jensen-Shannon from the sums of p m^2, p m^3 and p m^4 where d = m growth is at most TAYLOR.
+
+    Their series' fifth powers go into the third as what d^3 has of d there: to 2e-7 relative.
+    """
+    m3, m4 = m3 * growth, m4 * growth * growth
+    kl = tl.fma(m4, 0.083333333, tl.fma(m3, -0.16667582, m2 * 0.5))
+    js = tl.fma(m4, 0.036458333, tl.fma(m3, -0.062504292, m2 * 0.125))
+    return kl * growth * growth, js * growth * growth
+
+
+@triton.jit
+def exact_divergences(p, d):
+    """The terms of KL and Jensen-Shannon between p and (1 + d) p."""
+    whole = surprise(d)
+    return p * whole, p * (0.5 * whole - surprise(0.5 * d))
+
+
+@triton.jit
+def surprise(d):
+    """(1 + d) log(1 + d) - d for d > -1: the series d^2/2 - d^3/6 + ... where the form cancels."""
+    s = 0.0064102564 - d * 0.0054945055
+    s = 0.0090909091 - d * (0.0075757576 - d * s)
+    s = 0.013888889 - d * (0.011111111 - d * s)
+    s = 0.023809524 - d * (0.017857143 - d * s)
+    s = 0.05 - d * (0.033333333 - d * s)
+    s = 0.16666667 - d * (0.083333333 - d * s)
+    small = d * d * (0.5 - d * s)
+    one = tl.maximum(1.0 + d, 1e-37)
+    return tl.where(tl.abs(d) < 0.25, small, one * tl.log(one) - d)
