@@ -178,7 +178,7 @@ class StepCache:
             steps = torch.cat([step.reshape(-1) for step, _ in members]).double() + 1
             tables.setdefault(device, []).append(hyper_rows_on_device(group, steps))
         return HyperTable([HyperRow.of(group, age + 1) for group, age in self.aged],
-                       {device: torch.cat(rows) for device, rows in tables.items()})
+                          {device: torch.cat(rows) for device, rows in tables.items()})
 
     def grad_norm(self, seed: int, launches: Launches, backend: str | None) -> Tensor:
         """The l2 norm of the gradients of what trains, over the shards of all ranks."""
@@ -211,7 +211,6 @@ class StepCache:
         self.aged, self.fresh = [(group, age + 1) for group, age in self.aged], []
         if self.counts is not None:  # last: an interrupt on the way here makes the next step look at everything
             self.version = self.counts._version
-
 
     def undo(self, state: dict[Tensor, dict]) -> None:
         """The step failed: what did not move keeps no state."""
