@@ -29,6 +29,9 @@ QUICK = {
 
 def main(argv: Sequence[str]) -> int:
     """Run each benchmark; the exit code is the number of those that did not end well."""
+    if "--help" in argv or "-h" in argv:
+        print(f"{__doc__}\nNAME: {', '.join(NAMES)}; `python -m bench.bench_NAME --help` lists its options")
+        return 0
     first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     names, options = list(argv[:first]), [word for word in argv[first:] if word != "--quick"]
     if unknown := [name for name in names if name not in NAMES]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
+from argparse import ArgumentParser
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -192,6 +194,7 @@ def patches(rows: list[dict[str, str]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    ArgumentParser("python -m bench.report", description="Write docs/results.md, or $OUT/results.md, from the rows.").parse_args(argv or [])
     folder, page = Path(os.environ.get("OUT") or RESULTS), PAGE
     if os.environ.get("OUT"):
         page = folder / "results.md"
@@ -214,4 +217,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

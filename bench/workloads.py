@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from alps_kernels import HeadSelection, find_heads
@@ -114,4 +115,4 @@ def _counted_attention(module, query: Tensor, key: Tensor, value: Tensor, attent
     query [batch, heads, tokens, head_dim], key and value [batch, groups, tokens, head_dim].
     """
     out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout, True, scale=scaling)[0]
-    return out.transpose(1, 2), None
+    return rearrange(out, "batch head token d -> batch token head d"), None

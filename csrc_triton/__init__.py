@@ -1,4 +1,4 @@
-"""Device code of alps_kernels: Triton kernels and their helpers, nothing of torch.
+"""Device code of alps_kernels: Triton kernels and their helpers. Imports: triton.
 
 `ABI` names the calling convention of the kernels; `alps_kernels.ops` refuses another one.
 """

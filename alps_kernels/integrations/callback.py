@@ -22,7 +22,7 @@ from ..selection import REST, BoundSelection, HeadSelection, remember, top_count
 from ..tensors import check_choice, save_tensors, synced_slice_of
 from ..weights import ModelWeights
 from .resume import FollowingHeadAdamW, masters, refuse_sharded, unwrap_optimizer
-from .start_weights import START_FILE, digest_of_tensors, read_start, restore
+from .start_weights import START_FILE, digest_of_tensors, read_start, restore_start
 
 RESTORE = ("base", "keep")
 SCORES_FILE, HEADS_FILE = "alps_scores.json", "alps_heads.json"
@@ -71,7 +71,7 @@ class AlpsCallback(TrainerCallback, ExportableState):
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 1:
             raise ValueError(f"warmup_steps is {warmup_steps!r}; expected a whole number from 1")
         check_choice("restore", restore, RESTORE)
-        check_options(ratio, metric, representation, kv, parts, rest)
+        check_run_options(ratio, metric, representation, kv, parts, rest)
         seen = "qkv" if representation == "projection" else representation
         if rest == "frozen" and not set(seen) & set(parts):
             raise ValueError(f"the warm-up trains {'/'.join(parts)}, of which representation {representation!r} sees "
@@ -202,7 +202,7 @@ class AlpsCallback(TrainerCallback, ExportableState):
         kept = heads.bind(model, rest=options["rest"])
         optimizer.set_heads(kept)
         if options["restore"] == "base":
-            restore(warm, kept, self._start)
+            restore_start(warm, kept, self._start)
         self.heads, self.scores, self._start = heads, scores, {}
         self.saved = {"heads": heads.to_json(), "digest": self.saved["digest"]}
         self._narrow(args, model)
@@ -237,7 +237,7 @@ def report(log: Callable[[dict[str, float]], None] | None, state: Any, numbers: 
         state.log_history.append({**numbers, "step": state.global_step})
 
 
-def check_options(ratio: float, metric: str, representation: str, kv: str, parts: Sequence[str], rest: str) -> None:
+def check_run_options(ratio: float, metric: str, representation: str, kv: str, parts: Sequence[str], rest: str) -> None:
     """What can be said before a run of what comes long after its beginning. Raises ValueError."""
     if top_count(ratio, 1) == 0:
         raise ValueError("ratio is 0: no head would train")

@@ -24,7 +24,7 @@ from ..selection import HeadSelection
 from ..slicing import slice_heads, unslice_heads
 from ..tensors import check_type, read_json, write_json
 from ..version import __version__
-from .callback import HEADS_FILE, SCORES_FILE, check_options, trained_share
+from .callback import HEADS_FILE, SCORES_FILE, check_run_options, trained_share
 from .start_weights import digest_of_tensors
 from .trainer import use_heads
 
@@ -109,7 +109,7 @@ def alps_finetune(
             options, data or base) was begun; the difference is named.
     """
     check_type("model", model, nn.Module, "a model in memory")
-    check_options(ratio, metric, representation, kv, parts, rest)
+    check_run_options(ratio, metric, representation, kv, parts, rest)
     if isinstance(task_share, bool) or not isinstance(task_share, (int, float)) or not 0 < task_share <= 1:
         raise ValueError(f"task_share is {task_share!r}; expected a number above 0, at most 1")
     args = paper_arguments(output_dir) if args is None else args

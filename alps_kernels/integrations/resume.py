@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import join
+from ..ops import join_master
 from ..optim import LOW, HeadAdamW
 from ..selection import BoundParam, BoundSelection
 from ..tensors import merge
@@ -81,5 +81,5 @@ def masters(optimizer: HeadAdamW, names: Mapping[str, Any]) -> dict[str, Tensor]
         if low is not None and part.name in names:
             dense = torch.zeros(part.param.shape, dtype=low.dtype, device=low.device)
             part.spread(low.reshape(-1), dense)
-            found[part.name] = join(part.param.detach(), dense)
+            found[part.name] = join_master(part.param.detach(), dense)
     return found

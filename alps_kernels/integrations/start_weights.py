@@ -17,7 +17,7 @@ START_FILE = "alps_start.safetensors"
 
 
 @torch.no_grad()
-def restore(warm: BoundSelection, kept: BoundSelection, start: Mapping[str, Tensor]) -> None:
+def restore_start(warm: BoundSelection, kept: BoundSelection, start: Mapping[str, Tensor]) -> None:
     """Put back the bytes of `start` that `warm` trained and `kept` does not."""
     keep = {part.name: part.ranges for part in kept.params}
     for part in warm.params:

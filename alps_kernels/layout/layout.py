@@ -1,4 +1,4 @@
-"""`HeadLayout`: the attention layers of a model and what each of their heads owns."""
+"""`HeadLayout`: all attention layers of a model; look heads up, print them, verify them."""
 
 from __future__ import annotations
 

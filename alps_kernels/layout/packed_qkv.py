@@ -1,4 +1,4 @@
-"""Which rows and columns each head of an attention module owns.
+"""Cut separate and packed q, k and v projections into heads: the table of row orders and its use.
 
 The order of the rows of a packed projection cannot be read off its shape: `ROWS` is the one table
 of the orders, and `packed_order` says which of them a module uses.

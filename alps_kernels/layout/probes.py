@@ -1,4 +1,4 @@
-"""How the behavioural check sees which heads a perturbation reaches."""
+"""Record what each head writes while a module runs; `verify` compares it before and after a perturbation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which slices of which parameters every head of an attention layer owns: the vocabulary of this room."""
+"""Data classes of the room: `HeadSlice`, `AttentionLayer`, `LayerSummary`, and `LayoutError`."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..ops import Launches, head_adamw_
 from ..selection import BoundSelection
 from ..tensors import check_type
-from .checks import FirstStepChecks
+from .first_steps import FirstStepChecks
 from .groups import make_slots, regrown, replaced
 from .state import Slot
 from .state_dict import all_or_nothing, dense_state, read_saved, saved_state
@@ -39,7 +39,7 @@ class HeadAdamW(torch.optim.Optimizer):
         moment_dtype: torch.float32; torch.bfloat16 with stochastic rounding (to nearest,
             `exp_avg_sq` would stall at beta2 = 0.999); or "8bit", codes of the fourth root with
             a float32 scale for each 64 elements (2.125 bytes an element for both moments; error
-            bounds in `ops/adamw/codes8.py`; not with amsgrad). float64 parameters keep float64.
+            bounds in `ops/adamw/quantize8.py`; not with amsgrad). float64 parameters keep float64.
         max_grad_norm: clip the global l2 norm of the gradients, over the selected slices
             alone, to this; `grad_norm` then holds the last norm before clipping.
         seed: of stochastic rounding; let it be the same on every replica. Of sharded parameters the

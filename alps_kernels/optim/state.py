@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import Block, ParamUpdate, decode8, encode8, encode8_stochastically, n_scales
 from ..selection import BoundParam, clip, part_here
-from ..tensors import Ranges, is_sharded, like, local, synced_slice_of
+from ..tensors import Ranges, is_sharded, local_part, placed_like, synced_slice_of
 
 HALVES = (torch.bfloat16, torch.float16)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -73,7 +73,7 @@ class Slot:
 
         The parameter's shape where all of it trains, else compact.
         """
-        shape = tuple(local(self.param).shape) if self.part.full else (self.here.numel,)
+        shape = tuple(local_part(self.param).shape) if self.part.full else (self.here.numel,)
         if self.moment_dtype == EIGHT:
             n = sum(n_scales(block.of(self.param).numel()) for block in self.blocks)
             entries = {key: (shape, dtype) for key, dtype in CODES.items()}
@@ -90,7 +90,7 @@ class Slot:
 
     def placed(self, held: Tensor) -> Tensor:
         """This rank's share of a state tensor as it is kept: a DTensor as the parameter is, or compact."""
-        return like(self.param, held) if self.part.full else held
+        return placed_like(self.param, held) if self.part.full else held
 
     def new_state(self, *, amsgrad: bool, device_step: bool) -> dict[str, Tensor]:
         return {"step": self.step_tensor([0.0], device_step),
@@ -108,7 +108,7 @@ class Slot:
         One for each span, and each of `slice_ranges`. Spans that lie in other ranks' shards are
         empty, so that every rank has as many.
         """
-        held, dim = local(self.param), self.part.dim
+        held, dim = local_part(self.param), self.part.dim
         rows = held.shape[0] if held.ndim else 1
         other = held.numel() // max(rows, 1) if dim == 0 else rows
         at, scale, blocks, spans, index = 0, 0, [], iter(self.spans), -1
@@ -187,8 +187,8 @@ class Slot:
     def spread(self, stored: Tensor) -> Tensor:
         """A state tensor made dense, of the local tensor's shape, zero where nothing trains."""
         if self.part.full:
-            return local(stored).clone()
-        dense = torch.zeros(local(self.param).shape, dtype=stored.dtype, device=stored.device)
+            return local_part(stored).clone()
+        dense = torch.zeros(local_part(self.param).shape, dtype=stored.dtype, device=stored.device)
         self.here.spread(stored, dense)
         return dense
 
@@ -231,7 +231,7 @@ def check_state(slot: Slot, state: dict[str, Tensor], amsgrad: bool) -> None:
         if is_sharded(value) != placed:
             raise ValueError(f"{slot.name}: its {key} is {'a' if is_sharded(value) else 'no'} DTensor, expected"
                              f" {'one' if placed else 'none'}; was the model sharded after the first step?")
-        value = local(value)
+        value = local_part(value)
         if tuple(value.shape) != shape or value.device != slot.param.device or value.dtype != dtype \
                 or not value.is_contiguous():
             raise ValueError(f"{slot.name}: its {key} is {list(value.shape)} {value.dtype} on {value.device}, expected"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..selection import cut_compact, gather_compact
-from ..tensors import like, share_of, viewed
+from ..tensors import placed_like, share_of, viewed
 from .state import EIGHT, LOW, MOMENTS, SCALE, Slot
 
 FORMAT, VERSION = "alps_kernels.head_adamw", 1
@@ -31,7 +31,7 @@ def saved_state(plain: dict[str, Any], slots: Mapping[int, Slot], seed: int) -> 
 
 def dense_state(plain: dict[str, Any], slots: Mapping[int, Slot]) -> dict[str, Any]:
     """The state dict `plain` in the form that torch.optim.AdamW loads."""
-    state = {index: {key: value.max() if key == "step" else like(slots[index].param, slots[index].spread(value))
+    state = {index: {key: value.max() if key == "step" else placed_like(slots[index].param, slots[index].spread(value))
                      for key, value in slots[index].decoded(entry).items() if key == "step" or key in MOMENTS}
              for index, entry in plain["state"].items()}
     groups = [{key: value for key, value in group.items() if key not in OURS} for group in plain["param_groups"]]

@@ -1,4 +1,4 @@
-"""Which patches are on which model, and writing slices into a model: all of them, or none."""
+"""Record of the patches applied to each model, and the write of their slices: all of them, or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patches on a model in memory: swap the slices of some heads in and out, byte for byte.
+"""`apply_patch` and `revert_patch`: swap the slices of some heads in and out of a model in memory, byte for byte.
 
 What a patch replaces is kept in memory, so that reverting restores the very bytes; adding and
 subtracting differences of 16-bit weights would not.

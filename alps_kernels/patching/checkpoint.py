@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..selection import HeadSelection
 from ..tensors import first_of, merge, new_folder
-from ..weights import PICKLES, Checkpoint, TensorFiles, TensorInfo
+from ..weights import PICKLE_SUFFIXES, Checkpoint, TensorFiles, TensorInfo
 from .fit import check_apart, check_fits, whole_weights
 from .make import make_patch
 from .patch import HeadPatch
-from .slices_file import TensorSlice, digest, raw, read_digest, read_slices, write_slices
+from .slices_file import TensorSlice, digest, raw, read_digest, read_slices_file, write_slices_file
 
 SPARSE_FORMAT = "alps_kernels.sparse"
 KEPT = "alps_patch"  # the folder in a patched checkpoint that holds what revert puts back
@@ -50,7 +50,7 @@ class SparseUpdate:
     def save(self, path: str | os.PathLike) -> dict[str, Any]:
         """Write the update atomically, the values under the tensors' own names; returns what its header says."""
         about = {"about": self.about}
-        header = write_slices(path, SPARSE_FORMAT, about, self.cuts, self.values, replaces=self.replaces)
+        header = write_slices_file(path, SPARSE_FORMAT, about, self.cuts, self.values, replaces=self.replaces)
         return {key: header[key] for key in ("format", "version", "about", "tensors")}
 
     @classmethod
@@ -61,7 +61,7 @@ class SparseUpdate:
             FileNotFoundError: there is no such file.
             ValueError: it is torn, foreign or contradicts itself; the message names the file.
         """
-        with read_slices(path, SPARSE_FORMAT) as (document, cuts, values):
+        with read_slices_file(path, SPARSE_FORMAT) as (document, cuts, values):
             replaces = {key: read_digest(document["tensors"][key].get("replaces")) for key in cuts}
             if not isinstance(document.get("about"), dict):
                 raise ValueError("it does not say where it is from")
@@ -178,7 +178,7 @@ def _write_folder(checkpoint: Path, update: SparseUpdate, out: str | os.PathLike
         by_file[files[key].name].append(key)
     used = {file.name for file in files.values()}
     if others := sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*")
-                        if file.suffix in (".safetensors", ".gguf", *PICKLES) and file.name not in used
+                        if file.suffix in (".safetensors", ".gguf", *PICKLE_SUFFIXES) and file.name not in used
                         and KEPT not in file.parts and not file.name.startswith(STATE)):
         warnings.warn(f"{checkpoint} also holds {first_of(others)}, copied as it is: if those are weights of the "
                       "model, they are without the patch", stacklevel=3)
@@ -201,7 +201,7 @@ def _write_folder(checkpoint: Path, update: SparseUpdate, out: str | os.PathLike
 def _patch_file(file: Path, slices: Mapping[str, tuple[TensorSlice, Tensor]]) -> None:
     """Put slices into tensors of one file of a checkpoint, in place; the rest of it is not touched."""
     file.chmod(file.stat().st_mode | 0o200)
-    if file.suffix in PICKLES:
+    if file.suffix in PICKLE_SUFFIXES:
         held = torch.load(file, map_location="cpu", weights_only=True)
         for key, (cut, values) in slices.items():
             cut.put(values, held[key])

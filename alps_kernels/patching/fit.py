@@ -1,4 +1,4 @@
-"""Whether a head patch belongs to a model, and whether two patches can be on it at once."""
+"""Checks before a patch is applied: it belongs to this model, and overlaps with no other patch."""
 
 from __future__ import annotations
 

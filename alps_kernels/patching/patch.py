@@ -16,7 +16,7 @@ from torch import Tensor
 from ..selection import HeadSelection
 from ..tensors import check_type
 from ..weights import TensorInfo
-from .slices_file import TensorSlice, read_digest, read_info, read_slices, write_slices
+from .slices_file import TensorSlice, read_digest, read_info, read_slices_file, write_slices_file
 
 FORMAT = "alps_kernels.patch"
 
@@ -93,7 +93,7 @@ class HeadPatch:
             OSError: the file cannot be written; what was there is untouched.
             TypeError, ValueError: the provenance is not JSON.
         """
-        write_slices(path, FORMAT, {
+        write_slices_file(path, FORMAT, {
             "model_type": self.model_type, "architecture": self.architecture,
             "fingerprint": self.fingerprint, "base_fingerprint": self.base_fingerprint,
             "selection": self.selection.to_json(), "provenance": self.provenance,
@@ -111,7 +111,7 @@ class HeadPatch:
             FileNotFoundError: there is no such file.
             ValueError: it is torn, foreign or contradicts itself; the message names the file.
         """
-        with read_slices(path, FORMAT) as (document, cuts, values):
+        with read_slices_file(path, FORMAT) as (document, cuts, values):
             for key in ("model_type", "architecture"):
                 if not isinstance(document.get(key), str):
                     raise ValueError(f"its {key} is {document.get(key)!r}")

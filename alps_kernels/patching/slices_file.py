@@ -138,8 +138,9 @@ def read_digest(value: Any) -> str:
     return value
 
 
-def write_slices(path: str | os.PathLike, format: str, document: Mapping[str, Any], cuts: Mapping[str, TensorSlice],
-                 values: Mapping[str, Tensor], **digests: Mapping[str, str]) -> dict[str, Any]:
+def write_slices_file(path: str | os.PathLike, format: str, document: Mapping[str, Any],
+                      cuts: Mapping[str, TensorSlice], values: Mapping[str, Tensor],
+                      **digests: Mapping[str, str]) -> dict[str, Any]:
     """Write slices and a document about them in one atomic step.
 
     Args:
@@ -163,9 +164,9 @@ def write_slices(path: str | os.PathLike, format: str, document: Mapping[str, An
 
 
 @contextmanager
-def read_slices(path: str | os.PathLike,
-                format: str) -> Iterator[tuple[dict[str, Any], dict[str, TensorSlice], dict[str, Tensor]]]:
-    """Read what `write_slices` wrote: the document, cuts and values.
+def read_slices_file(path: str | os.PathLike,
+                     format: str) -> Iterator[tuple[dict[str, Any], dict[str, TensorSlice], dict[str, Tensor]]]:
+    """Read what `write_slices_file` wrote: the document, cuts and values.
 
     The block raises ValueError where they contradict each other.
 

@@ -1,6 +1,6 @@
 """Representations of a head: which of its matrices are compared, as views of the stored weights.
 
-DESIGN's table of representations. Biases and output gates are no part of any of them.
+Biases and output gates are no part of any of them.
 """
 
 from __future__ import annotations

@@ -79,9 +79,9 @@ def score_heads(
     if distributed is False:
         parts = [work(0, 1)]
     else:
-        from ..tensors import group_of, shared
+        from ..tensors import on_all_ranks, process_group
 
-        parts = shared(group_of(distributed), work)
+        parts = on_all_ranks(process_group(distributed), work)
     one = _joined(parts)
     if one.identical:
         names = [model["name"] for model in one.provenance["models"].values()]

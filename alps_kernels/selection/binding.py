@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import PART_OF, AttentionLayer, HeadLayout, HeadSlice, LayerSummary, LayoutError, find_heads
-from ..tensors import SUFFIX, Range, Ranges, SyncedSlice, blocks, complement, matrix_shape, merge, synced_slices_in
+from ..tensors import (
+    LEAF_SUFFIX, Range, Ranges, SyncedSlice, blocks, complement, matrix_shape, merge, synced_slices_in,
+)
 from .head_set import HeadSet
 
 
@@ -128,7 +130,7 @@ class SelectionCount:
 
 
 def trained_groups(heads: Iterable[int], group_of: Sequence[int], kv: str) -> frozenset[int]:
-    """The key/value groups that train when `heads` of a layer are selected (DESIGN: kv policy)."""
+    """The key/value groups that train when `heads` of a layer are selected."""
     heads = set(heads)
     if kv == "none":
         return frozenset()
@@ -151,7 +153,7 @@ def bind_full(selection: HeadSet, model: nn.Module, rest: str, layout: HeadLayou
     found, named = _head_ranges(selection, layout), dict(model.named_parameters())
     if missing := [name for name in found if name not in named]:
         raise LayoutError(f"the layout names {missing[0]}, which this model does not have")
-    leaves = {name + SUFFIX for name, _ in synced_slices_in(model)}
+    leaves = {name + LEAF_SUFFIX for name, _ in synced_slices_in(model)}
     params = []
     for name, param in named.items():
         if name in leaves:
@@ -224,7 +226,7 @@ def _onto_leaves(bound: BoundSelection, model: nn.Module, slices: dict[str, Sync
     for name, param in model.named_parameters():
         if name in wanted and name not in slices:
             params.append(wanted[name])
-        elif name.endswith(SUFFIX) and (synced := slices.get(name.removesuffix(SUFFIX))) is not None:
+        elif name.endswith(LEAF_SUFFIX) and (synced := slices.get(name.removesuffix(LEAF_SUFFIX))) is not None:
             params.append(BoundParam(name, param, synced.dim, ((0, synced.size),), synced.ranges))
     return replace(bound, params=tuple(params))
 

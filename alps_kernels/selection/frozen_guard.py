@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..layout import HeadLayout
-from ..tensors import Ranges, check_type, complement, local, matrix_shape, merge, synced_slices_in
+from ..tensors import Ranges, check_type, complement, local_part, matrix_shape, merge, synced_slices_in
 from .binding import BoundParam, BoundSelection
 from .selection import HeadSelection, selection_of
 from .shards import part_here
@@ -256,7 +256,7 @@ def _folded(block: Tensor) -> Iterator[Tensor]:
 
 def _readable(name: str, tensor: Tensor) -> Tensor:
     """What of a tensor is in this process's memory."""
-    tensor = local(tensor).detach()
+    tensor = local_part(tensor).detach()
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"{name} is {tensor.layout} on {tensor.device}: there are no bytes of it to watch")
     return tensor

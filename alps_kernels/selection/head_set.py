@@ -1,4 +1,4 @@
-"""A set of attention heads: its checks, set operations and JSON."""
+"""`HeadSet`, the base class of `HeadSelection`: a set of heads, its checks, set operations and JSON."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..tensors import Range, bounds, is_sharded, local, matrix_shape, sum_bytes_
+from ..tensors import Range, is_sharded, local_bounds, local_part, matrix_shape, sum_bytes_
 from .binding import BoundParam
 
 
@@ -26,7 +26,7 @@ def check_shards(part: BoundParam) -> None:
         raise ValueError(f"{where}; expected Shard and Replicate")
     if not part.full and any(p.is_shard() and p.dim > 0 for p in param.placements) and param.ndim != 2:
         raise ValueError(f"{where} and {param.ndim} dimensions, of which a part trains; expected it sharded along 0")
-    held = tuple(stop - start for start, stop in bounds(param))
+    held = tuple(stop - start for start, stop in local_bounds(param))
     if held != tuple(param._local_tensor.shape):
         raise ValueError(f"{where}: this rank holds {list(param._local_tensor.shape)}, expected {list(held)}")
 
@@ -42,7 +42,7 @@ def part_here(part: BoundParam) -> BoundParam:
     if not is_sharded(part.param):
         return part
     ranges = ((clip(part, start), clip(part, stop)) for start, stop in part.ranges)
-    return replace(part, param=local(part.param), ranges=tuple(r for r in ranges if r[0] < r[1]))
+    return replace(part, param=local_part(part.param), ranges=tuple(r for r in ranges if r[0] < r[1]))
 
 
 def cut_compact(part: BoundParam, whole: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def gather_compact(part: BoundParam, mine: Tensor) -> Tensor:
 
 def _rectangle(param: Tensor) -> tuple[Range, Range]:
     """The rows and the columns of `as_matrix(param)` that this rank holds."""
-    spans = bounds(param)
+    spans = local_bounds(param)
     rows = spans[0] if spans else (0, 1)
     return rows, spans[1] if len(spans) == 2 else (0, matrix_shape(param.shape)[1])
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from ..layout import HeadLayout, find_heads
 from ..selection import REST, BoundSelection, HeadSelection, bind_full, remember, remembered
-from ..tensors import SUFFIX, SyncedSlice, check_choice, check_type, sync_weights, synced_slices_in
-from .checks import Place, find_places, product_of
+from ..tensors import LEAF_SUFFIX, SyncedSlice, check_choice, check_type, sync_weights, synced_slices_in
+from .find import Place, find_places, product_of
 from .projection import Sliced, TrainedRanges, sliced_class
 
 _BEFORE = "_alps_trained_before"  # on the model: which parameters required grad before it was sliced
@@ -118,7 +118,7 @@ def _restore(model: nn.Module) -> None:
     before = _before(model) or {}
     for module in [module for module in model.modules() if "_synced" in module.__dict__]:
         for name, synced in module._synced.items():
-            module._parameters.pop(name + SUFFIX, None)
+            module._parameters.pop(name + LEAF_SUFFIX, None)
             synced.weight.requires_grad_(synced.trained_before)
         module.__class__ = getattr(module, "plain_class", type(module))
         del module._synced, module._trained
@@ -153,7 +153,7 @@ def _slice(place: Place, leaves: dict[str, nn.Parameter]) -> None:
     module._trained, module._synced = trained, synced
     module.__class__ = sliced_class(plain_class)
     for name, one in synced.items():
-        module.register_parameter(name + SUFFIX, leaves[name])
+        module.register_parameter(name + LEAF_SUFFIX, leaves[name])
         one.adopt()
         one.written(leaves[name])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..tensors import SUFFIX, Ranges, SyncedSlice, is_sharded, like, local, share_of
+from ..tensors import LEAF_SUFFIX, Ranges, SyncedSlice, is_sharded, local_part, placed_like, share_of
 from .compiled_ops import input_grad, write_slices
 from .weight_grad import head_grad, select_columns
 
@@ -137,7 +137,7 @@ class Sliced(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         full = {"weight": weight, "bias": bias}
-        leaves = {name: getattr(self, name + SUFFIX) for name in self._synced}
+        leaves = {name: getattr(self, name + LEAF_SUFFIX) for name in self._synced}
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             whole = full | {name: self._synced[name].composed(full[name], leaf) for name, leaf in leaves.items()}
             return plain(x, whole["weight"], whole["bias"], self._trained.product)
@@ -186,23 +186,24 @@ class Sliced(nn.Module):
             synced.sync()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._synced:
-            del destination[prefix + name + SUFFIX]
+            del destination[prefix + name + LEAF_SUFFIX]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # Nothing is written to the full weights before: the state dict may hold these very tensors, as
         # torch.distributed.checkpoint fills them in place.
         given = {name for name, synced in self._synced.items()
                  if getattr(state_dict.get(prefix + name), "shape", None) == synced.weight.shape}
-        leaves = {name: self._parameters.pop(name + SUFFIX) for name in self._synced}
+        leaves = {name: self._parameters.pop(name + LEAF_SUFFIX) for name in self._synced}
         for name, leaf in leaves.items():
-            if state_dict.get(prefix + name + SUFFIX) is leaf:  # set_model_state_dict adds what the model has itself
-                del state_dict[prefix + name + SUFFIX]
+            if state_dict.get(prefix + name + LEAF_SUFFIX) is leaf:  # set_model_state_dict adds the model's own
+                del state_dict[prefix + name + LEAF_SUFFIX]
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:
             for name, synced in self._synced.items():
                 leaf = leaves[name]
-                self._parameters[name + SUFFIX] = _loaded(leaf, synced.cut(synced.weight)) if name in given else leaf
+                leaf = _loaded(leaf, synced.cut(synced.weight)) if name in given else leaf
+                self._parameters[name + LEAF_SUFFIX] = leaf
             self._adopt()
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -234,11 +235,11 @@ def _loaded(leaf: nn.Parameter, values: Tensor) -> nn.Parameter:
     """The leaf with new values: the same parameter where it can hold them, for its optimizer's sake."""
     held = share_of(leaf, values)
     if leaf.is_meta and not values.is_meta:
-        return nn.Parameter(like(leaf, held.clone()), requires_grad=leaf.requires_grad)
+        return nn.Parameter(placed_like(leaf, held.clone()), requires_grad=leaf.requires_grad)
     if not is_sharded(leaf) and (leaf.dtype, leaf.device) != (values.dtype, values.device):
         leaf.data = values
     else:
-        local(leaf).copy_(held)
+        local_part(leaf).copy_(held)
     return leaf
 
 

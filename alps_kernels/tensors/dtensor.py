@@ -20,12 +20,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds, sharing its memory."""
     return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
-def bounds(tensor: Tensor) -> list[Range]:
+def local_bounds(tensor: Tensor) -> list[Range]:
     """For every dimension the half-open range that this rank holds: equal chunks, the last ones short or empty."""
     spans = [(0, size) for size in tensor.shape]
     if is_sharded(tensor):
@@ -38,7 +38,7 @@ def bounds(tensor: Tensor) -> list[Range]:
     return spans
 
 
-def like(param: Tensor, held: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+def placed_like(param: Tensor, held: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     """`held`, this rank's share of a tensor of the parameter's shape, as a tensor placed as the parameter is.
 
     Args:
@@ -55,17 +55,17 @@ def like(param: Tensor, held: Tensor, shape: Sequence[int] | None = None) -> Ten
 
 def viewed(tensor: Tensor, view: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
     """`view` of what this rank holds of a tensor, as a tensor of `shape` placed as it is."""
-    return like(tensor, view(local(tensor)), shape)
+    return placed_like(tensor, view(local_part(tensor)), shape)
 
 
 def share_of(param: Tensor, value: Tensor) -> Tensor:
     """This rank's share of `value`: of the parameter's shape, placed like it, otherwise, or not sharded at all."""
     if is_sharded(value):
         if is_sharded(param) and value.device_mesh == param.device_mesh:
-            return local(value if value.placements == param.placements else
+            return local_part(value if value.placements == param.placements else
                          value.redistribute(param.device_mesh, param.placements))
         value = value.full_tensor()
-    for dim, (start, stop) in enumerate(bounds(param)):
+    for dim, (start, stop) in enumerate(local_bounds(param)):
         value = value.narrow(dim, start, stop - start)
     return value
 
@@ -114,7 +114,7 @@ def read_ranges(weight: Tensor, dim: int, ranges: Sequence[Range]) -> Tensor:
     """The ranges along `dim` of a sharded weight as one plain tensor on every rank: a collective, which sends them."""
     shape = list(weight.shape)
     shape[dim] = sum(stop - start for start, stop in ranges)
-    whole = local(weight).new_zeros(shape)
+    whole = local_part(weight).new_zeros(shape)
     for of_shard, of_leaf in _overlaps(weight, whole, dim, ranges):
         of_leaf.copy_(of_shard)
     return sum_bytes_(whole, weight)
@@ -124,9 +124,9 @@ def _overlaps(weight: Tensor, leaf: Tensor, dim: int, ranges: Sequence[Range]) -
     """The elements of every range that this rank holds, as views of the weight's shard and of the whole leaf."""
     pairs, at = [], 0
     for span in ranges:
-        of_shard, of_leaf = local(weight), leaf.narrow(dim, at, span[1] - span[0])
+        of_shard, of_leaf = local_part(weight), leaf.narrow(dim, at, span[1] - span[0])
         at += span[1] - span[0]
-        for axis, (first, last) in enumerate(bounds(weight)):
+        for axis, (first, last) in enumerate(local_bounds(weight)):
             start, stop = span if axis == dim else (0, weight.shape[axis])
             low = min(max(start, first), last)
             size = max(min(stop, last) - low, 0)

@@ -35,8 +35,7 @@ def intersect(a: Ranges, b: Ranges) -> Ranges:
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """The rows and columns of `as_matrix`, from a tensor's shape."""
-    rows = shape[0] if shape else 1
-    return rows, math.prod(shape) // max(rows, 1)
+    return shape[0] if shape else 1, math.prod(shape[1:])
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .checks import check_type
 T = TypeVar("T")
 
 
-def group_of(distributed: Any) -> Any:
+def process_group(distributed: Any) -> Any:
     """The process group meant by an argument `distributed`, True being the default group.
 
     Raises:
@@ -30,7 +30,7 @@ def group_of(distributed: Any) -> Any:
     return distributed
 
 
-def shared(group: Any, work: Callable[[int, int], T]) -> list[T]:
+def on_all_ranks(group: Any, work: Callable[[int, int], T]) -> list[T]:
     """What `work(rank, number of ranks)` gives on each rank, in their order, on every rank.
 
     An error of one rank is raised on all of them, so that none waits for a rank that gave up.

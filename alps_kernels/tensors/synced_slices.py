@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .dtensor import is_sharded, read_ranges, write_ranges
 from .ranges import Ranges
 
-SUFFIX = "_slice"  # the leaf of `weight` is the parameter `weight_slice` of the same module
+LEAF_SUFFIX = "_slice"  # the leaf of `weight` is the parameter `weight_slice` of the same module
 
 # Parameters by id; a parameter does not own its synced slice, the sliced module does.
 _BY_LEAF: dict[int, tuple[weakref.ref, weakref.ref]] = {}
@@ -66,7 +66,7 @@ class SyncedSlice:
     @property
     def leaf(self) -> nn.Parameter:
         """The trained slices, as the module holds them now."""
-        return self.module._parameters[self.name + SUFFIX]
+        return self.module._parameters[self.name + LEAF_SUFFIX]
 
     @property
     def size(self) -> int:

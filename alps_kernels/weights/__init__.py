@@ -2,10 +2,10 @@
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .match import match_layers
-from .tensor_files import PICKLES, TensorFiles, TensorInfo
+from .tensor_files import PICKLE_SUFFIXES, TensorFiles, TensorInfo
 from .weights import ModelWeights, Weights, canonical, unwrap_model
 
 __all__ = [
-    "Checkpoint", "ModelWeights", "PICKLES", "TensorFiles", "TensorInfo", "Weights", "canonical", "match_layers",
-    "open_checkpoint", "unwrap_model",
+    "Checkpoint", "ModelWeights", "PICKLE_SUFFIXES", "TensorFiles", "TensorInfo", "Weights", "canonical",
+    "match_layers", "open_checkpoint", "unwrap_model",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 # In the order in which transformers looks for them.
 MAIN_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
-PICKLES = (".bin", ".pt", ".pth")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' word: torch's
 FLOATS = tuple(DTYPES.values())  # dtypes whose values can be computed with
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class TensorFiles:
     @contextmanager
     def _opened(self, file: Path) -> Iterator[Any]:
         """A file's tensors by name: a pickle's dict, or safetensors' handle."""
-        if file.suffix in PICKLES:
+        if file.suffix in PICKLE_SUFFIXES:
             tensors = self._kept.get(file) or _load_pickle(file)
             if not zipfile.is_zipfile(file):  # the old pickle format cannot be mapped: it is read once, whole
                 self._kept[file] = tensors
@@ -136,7 +136,7 @@ def main_file(folder: Path) -> Path:
     for name in MAIN_FILES:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf", *PICKLES))
+    found = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf", *PICKLE_SUFFIXES))
     if len(found) == 1:
         return folder / found[0]
     raise ValueError(f"{folder} holds no checkpoint: expected {', '.join(MAIN_FILES)} or one .gguf; "
@@ -150,7 +150,7 @@ def _read_index(path: Path) -> dict[str, Path]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not an index of shards: it has no weight_map from tensor to file") from error
     for key, file in files.items():
-        if file.parent != path.parent or file.suffix not in (".safetensors", *PICKLES):
+        if file.parent != path.parent or file.suffix not in (".safetensors", *PICKLE_SUFFIXES):
             raise ValueError(f"{path} says that {key} is in {weight_map[key]!r}; "
                              "expected a file of tensors beside it")
     return files

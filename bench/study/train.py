@@ -18,7 +18,7 @@ from torch import nn
 
 from alps_kernels import HeadAdamW, HeadScores, HeadSelection, find_heads, score_heads
 from alps_kernels.demo.run import smollm2, tiny_model
-from alps_kernels.integrations import restore
+from alps_kernels.integrations import restore_start
 from bench.counting import state_bytes
 
 from .cells import Cell
@@ -180,7 +180,7 @@ class _Trainer:
             self.heads = score_heads(self.base, model, metric=self.cell.metric,
                                      representation=self.cell.representation).top(self.cell.ratio)
             bound = self.heads.freeze(model)
-            restore(everything, bound, dict(self.base.named_parameters()))
+            restore_start(everything, bound, dict(self.base.named_parameters()))
             optimizer.set_heads(bound)
             self.trained = bound.numel
             self.file_bytes = sum(p.numel * p.param.element_size() for p in bound.params)

@@ -1,0 +1,1 @@
+"""Tests of bench/: benchmarks, pages, the study."""

@@ -1,0 +1,1 @@
+"""Every model type of transformers: located heads against an independent oracle."""

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from einops import rearrange
 
 transformers = pytest.importorskip("transformers")
 
@@ -160,9 +161,9 @@ def test_oracle_reads_a_custom_attention():
             self.o = torch.nn.Linear(8, 12, bias=False)
 
         def forward(self, x):
-            q, k, v = (p(x).view(*x.shape[:2], 2, 4).transpose(1, 2) for p in (self.q, self.k, self.v))
+            q, k, v = (rearrange(p(x), "batch position (head d) -> batch head position d", head=2) for p in (self.q, self.k, self.v))
             mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-            return self.o(mixed.transpose(1, 2).flatten(2))
+            return self.o(rearrange(mixed, "batch head position d -> batch position (head d)"))
 
     model = torch.nn.Sequential(collections.OrderedDict(attn=Tiny()))
     heads = tuple((HeadSlice("attn.q.weight", "q", 0, 4 * h, 4 * h + 4), HeadSlice("attn.o.weight", "o", 1, 4 * h, 4 * h + 4)) for h in range(2))

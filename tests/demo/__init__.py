@@ -1,0 +1,1 @@
+"""Tests of alps_kernels/demo/."""

@@ -1,0 +1,1 @@
+"""Every code block of README and docs, and the examples, are run."""

@@ -1,0 +1,1 @@
+"""The structure: rooms, faces, arrows, file sizes, import cost."""

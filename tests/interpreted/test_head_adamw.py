@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from alps_kernels.ops import head_adamw_, head_grad_norm, join
+from alps_kernels.ops import head_adamw_, head_grad_norm, join_master
 from alps_kernels.ops.adamw import op, oracle, tables
 from alps_kernels.optim import HeadAdamW
 from alps_kernels.selection import BoundParam
@@ -153,7 +153,7 @@ def test_the_split_master_is_bit_equal_to_the_oracles():
     for p, o in ((params, optimizer), (other, plain)):
         run(p, o, o.heads, 3)
     for part in optimizer.heads.params:
-        mine, theirs = (join(part.cut(p[part.name].detach()), o.state[p[part.name]]["master_lo"].reshape(-1))
+        mine, theirs = (join_master(part.cut(p[part.name].detach()), o.state[p[part.name]]["master_lo"].reshape(-1))
                         for p, o in ((params, optimizer), (other, plain)))
         assert ((mine - theirs).abs() <= 2.0**-23 * theirs.abs() + 1e-10).all()
 

@@ -15,7 +15,7 @@ from alps_kernels.ops.delta import cpu, large_changes, oracle, small_changes, ta
 from tests.ops.delta_oracle import projection_oracle, stored_oracle
 from tests.support.mutants import plant
 
-TOLERANCE = 1e-6  # relative, every metric (DESIGN: 1.5e-5 at the least)
+TOLERANCE = 1e-6  # relative, every metric
 
 
 def segment(n, rows, cols, index=None, delta=1e-3, dtype=torch.float32, seed=0):

@@ -1,0 +1,1 @@
+"""Tests of alps_kernels/optim/, and of rounding, 8-bit moments and launches through the optimizer."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from alps_kernels.ops import decode8, encode8, encode8_stochastically
-from alps_kernels.ops.adamw.codes8 import QUANTUM
+from alps_kernels.ops.adamw.quantize8 import QUANTUM
 from alps_kernels.optim import HeadAdamW
 from alps_kernels.selection import BoundParam
 

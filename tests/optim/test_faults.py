@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from alps_kernels.ops.adamw import codes8, cpu, op, oracle, param_update, rounding, tables
+from alps_kernels.ops.adamw import cpu, op, param_update, quantize8, rounding, tables
 from alps_kernels.optim import groups, head_adamw, state, state_dict, step_cache
 from alps_kernels.selection import BoundParam
 from tests.ops import test_adamw_tables
@@ -78,18 +78,18 @@ ROOT = "(v if v_max is None else v_max).sqrt()"
 INSIDE = "(v + hyper.eps).sqrt()"
 
 FAULTS = {
-    "no decay": (oracle, [(MUL, NO_DECAY)], formula),
-    "decay after the update": (oracle, [(MUL, NO_DECAY), (LAST, LATE)], formula),
-    "decay in the gradient": (oracle, [(MUL, NO_DECAY + "    g = g + 0.1 * p\n")], formula),
-    "eps inside the root": (oracle, [(ROOT, INSIDE)], all_heads(eps=1e-3, betas=(0.0, 0.99))),
-    "no eps": (oracle, [(".add_(hyper.eps)", "")], all_heads(eps=1e-3)),
+    "no decay": (cpu, [(MUL, NO_DECAY)], formula),
+    "decay after the update": (cpu, [(MUL, NO_DECAY), (LAST, LATE)], formula),
+    "decay in the gradient": (cpu, [(MUL, NO_DECAY + "    g = g + 0.1 * p\n")], formula),
+    "eps inside the root": (cpu, [(ROOT, INSIDE)], all_heads(eps=1e-3, betas=(0.0, 0.99))),
+    "no eps": (cpu, [(".add_(hyper.eps)", "")], all_heads(eps=1e-3)),
     "no first bias correction": (param_update, [("lr / (1 - beta1**step)", "lr")], formula),
     "no second bias correction": (param_update, [("(1 - beta2**step) ** 0.5", "1.0")], formula),
     "the step counted from zero": (step_cache, [("HyperRow.of(group, age + 1)", "HyperRow.of(group, max(age, 1))")], formula),
     "betas swapped in the weights": (param_update, [("1 - beta1, beta2", "1 - beta2, beta2")], formula),
-    "first moments do not decay": (oracle, [("m.lerp(g, hyper.weight1)", "m.add(g, alpha=hyper.weight1)")], formula),
+    "first moments do not decay": (cpu, [("m.lerp(g, hyper.weight1)", "m.add(g, alpha=hyper.weight1)")], formula),
     "maximize ignored": (param_update, [('-1.0 if group["maximize"] else 1.0', "1.0")], all_heads(maximize=True)),
-    "the running maximum is a minimum": (oracle, [("torch.maximum", "torch.minimum")], all_heads(amsgrad=True)),
+    "the running maximum is a minimum": (cpu, [("torch.maximum", "torch.minimum")], all_heads(amsgrad=True)),
     "the mask lost": (param_update, [("matrix(tensor).narrow(self.dim, self.start, self.stop - self.start)",
                                  "matrix(tensor).narrow(self.dim, 0, self.stop - self.start)")], frozen),
     "the last block skipped": (state, [("        return tuple(blocks)\n", "        return tuple(blocks[:-1])\n")], masked),
@@ -136,7 +136,7 @@ FAULTS = {
     "random bits of every step the same": (rounding, [("torch.full_like(group, step & MASK32)",
                                                                  "torch.full_like(group, 1)")],
                                            test_precision.test_random_bits_are_philox),
-    "second moments to nearest": (oracle, [("yield v, rounded(wide_v, EXP_AVG_SQ_BITS, v.dtype)", "yield v, wide_v")],
+    "second moments to nearest": (cpu, [("yield v, rounded(wide_v, EXP_AVG_SQ_BITS, v.dtype)", "yield v, wide_v")],
                                   test_precision.test_bfloat16_second_moments_do_not_stall),
     "the last tile skipped": (tables, [("at = torch.arange(0, n, TILE, dtype=torch.int64)",
                                               "at = torch.arange(0, n, TILE, dtype=torch.int64)[:-1]")], tiles),
@@ -172,15 +172,15 @@ FAULTS = {
                                  test_step_cache.test_a_copy_whose_weight_was_replaced_is_left_to_the_projection),
     "hyperparameters of the last step": (step_cache, [("self.aged, self.fresh = [(group, age + 1) for", "self.aged, self.fresh = [(group, age) for")], formula),
     # -- 8-bit moments --
-    "8-bit second moments to nearest": (codes8, [("    if bits is None:\n", "    if True:\n")],
+    "8-bit second moments to nearest": (quantize8, [("    if bits is None:\n", "    if True:\n")],
                                         test_8bit.test_second_moments_neither_stall_nor_stick),
-    "small second moments lost": (codes8, [("code.clamp_(min=1)", "code")], errors),
-    "square roots for fourth roots": (codes8, [("rows.sqrt().sqrt_()", "rows.sqrt()")], errors),
-    "half the codes": (codes8, [("/ codes\n", "/ codes * 2\n")], errors),
-    "a scale for 128": (codes8, [("(0, -flat.numel() % QUANTUM)).view(-1, QUANTUM)",
+    "small second moments lost": (quantize8, [("code.clamp_(min=1)", "code")], errors),
+    "square roots for fourth roots": (quantize8, [("rows.sqrt().sqrt_()", "rows.sqrt()")], errors),
+    "half the codes": (quantize8, [("/ codes\n", "/ codes * 2\n")], errors),
+    "a scale for 128": (quantize8, [("(0, -flat.numel() % QUANTUM)).view(-1, QUANTUM)",
                                            "(0, -flat.numel() % 128)).view(-1, 128)")], errors),
-    "the sign lost": (codes8, [("torch.copysign(square.square_(), code)", "square.square_()")], errors),
-    "an infinity hidden": (codes8, [('nan=float("inf"), posinf=float("inf")', "nan=0.0, posinf=1.0")],
+    "the sign lost": (quantize8, [("torch.copysign(square.square_(), code)", "square.square_()")], errors),
+    "an infinity hidden": (quantize8, [('nan=float("inf"), posinf=float("inf")', "nan=0.0, posinf=1.0")],
                            test_8bit.test_what_is_not_finite_stays_so_and_in_its_64),
     "codes carried as moments": (groups, [("old.decoded(state).items() if", "state.items() if")], carried),
     "dense states of codes": (state_dict, [("slots[index].decoded(entry).items()", "entry.items()")],

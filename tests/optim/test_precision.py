@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from alps_kernels.ops import join
+from alps_kernels.ops import join_master
 from alps_kernels.ops.adamw.rounding import random_bits, round_stochastically, split
 from alps_kernels.optim import HeadAdamW
 
@@ -28,10 +28,10 @@ def floats(n=20000, seed=0):
 def test_split_bfloat16_is_a_bijection():
     x = floats()
     param, low = split(x, torch.bfloat16, torch.int16)
-    assert torch.equal(join(param, low).view(torch.int32), x.view(torch.int32))
+    assert torch.equal(join_master(param, low).view(torch.int32), x.view(torch.int32))
     # and every pair of 16-bit patterns that is no NaN comes back: pairs are float32, float32 are pairs
     pairs = torch.randint(-2**15, 2**15, (2, 20000), dtype=torch.int16)
-    whole = join(pairs[0].view(torch.bfloat16), pairs[1])
+    whole = join_master(pairs[0].view(torch.bfloat16), pairs[1])
     real = ~whole.isnan()
     param, low = split(whole, torch.bfloat16, torch.int16)
     assert torch.equal(param.view(torch.int16)[real], pairs[0][real]) and torch.equal(low[real], pairs[1][real])
@@ -46,7 +46,7 @@ def test_the_bfloat16_half_is_the_nearest_and_nans_stay():
     nan = torch.tensor([float("nan"), -float("nan")])
     nan = torch.cat([nan, torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)])
     param, low = split(nan, torch.bfloat16, torch.int16)
-    assert param.isnan().all() and join(param, low).isnan().all()
+    assert param.isnan().all() and join_master(param, low).isnan().all()
 
 
 def test_split_float16_is_exact_where_it_says_so():
@@ -54,11 +54,11 @@ def test_split_float16_is_exact_where_it_says_so():
     x = torch.cat([x[x.abs() < 65504], torch.randn(20000), torch.randn(20000) * 1e-5])
     param, low = split(x, torch.float16, torch.int16)
     assert torch.equal(param, x.half())
-    back, large = join(param, low), x.abs() >= 2.0**-17
+    back, large = join_master(param, low), x.abs() >= 2.0**-17
     assert torch.equal(back[large], x[large])
     assert ((back - x)[~large].double().abs() <= 2.0**-40).all()
     param, low = split(torch.tensor([7e4, float("inf"), float("nan")]), torch.float16, torch.int16)
-    assert torch.equal(join(param[:2], low[:2]), torch.tensor([float("inf")] * 2)) and param[2].isnan()
+    assert torch.equal(join_master(param[:2], low[:2]), torch.tensor([float("inf")] * 2)) and param[2].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -121,7 +121,7 @@ def test_the_split_master_is_a_float32_run(dtype):
         plain.step()
     for part in bound.params:
         low = optimizer.state[part.param]["master_lo"].reshape(-1)
-        master, want = join(part.cut(part.param.detach()), low), part.cut(wide[part.name].detach())
+        master, want = join_master(part.cut(part.param.detach()), low), part.cut(wide[part.name].detach())
         large = want.abs() >= 2.0**-14 if dtype == torch.float16 else want.abs() >= 0
         assert torch.equal(master[large], want[large])
         assert (master - want).abs().max() < 1e-9

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 import alps_kernels as alps
 from alps_kernels.optim import state, state_dict as saved_state
 from alps_kernels.selection import shards as sharding
-from alps_kernels.tensors import dtensor as placement, local
+from alps_kernels.tensors import dtensor as placement, local_part
 from tests.support import ranks
 
 from ..support.mutants import plant
@@ -115,7 +115,7 @@ def clipping(rank, world, folder):
             problems.append(f"norms {every}, on one process {one}")
     others = dict(twins.models[0].named_parameters())
     for name, param in twins.models[1].named_parameters():
-        mine, other = local(param).detach(), cut_like(param, others[name].detach())
+        mine, other = local_part(param).detach(), cut_like(param, others[name].detach())
         if mine.numel() and (mine - other).abs().max() > 1e-6:
             problems.append(f"{name} is {(mine - other).abs().max()} off")
     return problems
@@ -126,7 +126,7 @@ def scaler(rank, world, folder):
     twins = Twins("llama")
     model, optimizer = twins.models[1], twins.optimizers[1]
     grad_scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    before = [local(p).detach().clone() for p in model.parameters()]
+    before = [local_part(p).detach().clone() for p in model.parameters()]
     problems = []
     for seed, spoil in ((1, True), (2, False)):
         grad_scaler.scale(torch.zeros(()))
@@ -134,16 +134,16 @@ def scaler(rank, world, folder):
             set_grads(m, torch.Generator().manual_seed(seed), bound)
             for param in m.parameters():
                 if param.grad is not None:
-                    local(param.grad).nan_to_num_(0.0)
+                    local_part(param.grad).nan_to_num_(0.0)
         for param in model.parameters():
             if param.grad is not None:
-                local(param.grad).mul_(grad_scaler.get_scale())
+                local_part(param.grad).mul_(grad_scaler.get_scale())
         if spoil and rank == world - 1:
-            held = [local(p.grad) for p in model.parameters() if p.grad is not None and local(p.grad).numel()]
+            held = [local_part(p.grad) for p in model.parameters() if p.grad is not None and local_part(p.grad).numel()]
             held[0].view(-1)[0] = float("inf")
         grad_scaler.step(optimizer)
         grad_scaler.update()
-        if spoil and any(not torch.equal(local(p), b) for p, b in zip(model.parameters(), before, strict=True)):
+        if spoil and any(not torch.equal(local_part(p), b) for p, b in zip(model.parameters(), before, strict=True)):
             problems.append("weights moved in spite of the infinity")
     twins.optimizers[0].step()
     return problems + twins.differences()
@@ -174,7 +174,7 @@ def load(saved_by, rank, world, folder):
         model, optimizer = twins.models[1], twins.optimizers[1]
         with torch.no_grad():
             for param in model.parameters():
-                local(param).add_(1.0)
+                local_part(param).add_(1.0)
         options = StateDictOptions(full_state_dict=way == "full")
         if way == "dcp":
             states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
@@ -201,7 +201,7 @@ def carry(rank, world, folder):
     for mine, model in zip(again.models, twins.models, strict=True):
         with torch.no_grad():
             for p, q in zip(mine.parameters(), model.parameters(), strict=True):
-                local(p).copy_(local(q))
+                local_part(p).copy_(local_part(q))
     again.optimizers[1].load_state_dict(saved[0])
     again.optimizers[0].load_state_dict(saved[1])
     for pair in (twins, again):
@@ -234,7 +234,7 @@ def refusals(rank, world, folder):
     twins = Twins("llama")
     twins.step(1)
     model, optimizer = twins.models[1], twins.optimizers[1]
-    before = [local(p).detach().clone() for p in model.parameters()]
+    before = [local_part(p).detach().clone() for p in model.parameters()]
     other = heads_of("llama", model, 1).bind(model)
     wrong = alps.HeadAdamW(model.parameters(), heads=other)
     undescribed = {key: value for key, value in optimizer.state_dict().items() if key != "alps"}
@@ -257,7 +257,7 @@ def refusals(rank, world, folder):
     sharded = shard(unsharded)
     expect("bind it again after fully_shard", lambda: alps.HeadAdamW(sharded.parameters(), heads=bound_before))
     problems += [f"{name} moved" for (name, p), b in zip(model.named_parameters(), before, strict=True)
-                 if not torch.equal(local(p), b)]
+                 if not torch.equal(local_part(p), b)]
     return problems
 
 
@@ -277,7 +277,7 @@ def train_all(rank, world, folder):
 
 
 def _trained(models, optimizers, trained):
-    before = {name: local(p).detach().clone() for name, p in models[1].named_parameters()}
+    before = {name: local_part(p).detach().clone() for name, p in models[1].named_parameters()}
     tokens = torch.randint(0, 29, (2, 7), generator=torch.Generator().manual_seed(4))
     losses = []
     for _ in range(3):
@@ -290,7 +290,7 @@ def _trained(models, optimizers, trained):
     problems = differences(models[1], models[0])
     problems += [f"losses {losses}"] if losses[::2] != losses[1::2] or losses[0] == losses[-1] else []
     problems += [f"{name} is frozen and moved" for name, p in models[1].named_parameters()
-                 if name not in trained and not same_bytes(local(p).detach(), before[name])]
+                 if name not in trained and not same_bytes(local_part(p).detach(), before[name])]
     return problems
 
 
@@ -315,7 +315,7 @@ FAULTS = {  # of sharding and its use, each seen by the check beside it
     "rows of a column range as many as all ranks'": (state, [("if self.part.dim == 0 else rows\n",
                                                      "if self.part.dim == 0 else self.param.shape[0]\n")],
                                             "steps_gpt2_fused_columns"),
-    "whole state is not sharded": (state, [("like(self.param, held) if self.part.full else held", "held")], "train_all"),
+    "whole state is not sharded": (state, [("placed_like(self.param, held) if self.part.full else held", "held")], "train_all"),
     "dense state of another rank": (placement, [("value.narrow(dim, start, stop - start)",
                                                 "value.narrow(dim, 0, stop - start)")], "carry"),
     "slices are not read": (saved_state, [("    if slices is None or", "    if True or")], "refusals"),

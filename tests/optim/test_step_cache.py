@@ -12,7 +12,7 @@ from torch import nn
 from alps_kernels.ops.adamw import launch, op
 from alps_kernels.ops.device import device_code
 from alps_kernels.optim import HeadAdamW, step_cache
-from alps_kernels.optim.checks import FIRST_STEPS
+from alps_kernels.optim.first_steps import FIRST_STEPS
 from alps_kernels.optim.step_cache import ParamState
 from alps_kernels.selection import BoundParam
 from alps_kernels.tensors import synced_slices

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import alps_kernels as alps
-from alps_kernels.tensors import is_sharded, local
+from alps_kernels.tensors import is_sharded, local_part
 from tests.support import ranks
 from tests.support.sharded_cases import heads_of, model_of, set_grads, shard
 
@@ -26,7 +26,7 @@ def watched(kind, rank):
     params = dict(model.named_parameters())
     trained = {part.name for part in bound.params}
     for name, param in params.items():
-        held = local(param.data)
+        held = local_part(param.data)
         if not held.numel() or name in trained:
             continue
         held.view(-1).view(torch.int32)[-1] ^= 1
@@ -34,15 +34,15 @@ def watched(kind, rank):
             problems.append(f"a flipped bit of {name} gave {guard.changes()}")
         held.view(-1).view(torch.int32)[-1] ^= 1
     part = next(p for p in bound.params if is_sharded(p.param) and p.dim == 0 and len(p.ranges) and p.param.ndim == 2)
-    before = local(part.param.data).clone()
-    local(part.param.data).view(torch.int32).bitwise_xor_(1)  # every row that this rank holds, trained or not
+    before = local_part(part.param.data).clone()
+    local_part(part.param.data).view(torch.int32).bitwise_xor_(1)  # every row that this rank holds, trained or not
     seen = sum(stop - start for change in guard.changes() for start, stop in change.rows)
     from alps_kernels.selection import part_here
 
     inside = sum(stop - start for start, stop in part_here(part).ranges)
     if seen != len(before) - inside:
         problems.append(f"{len(before)} rows flipped, {inside} of them trained, {seen} seen")
-    local(part.param.data).copy_(before)
+    local_part(part.param.data).copy_(before)
     return problems + [f"left {change}" for change in guard.changes()]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import alps_kernels as alps
-from alps_kernels.optim import checks, head_adamw
+from alps_kernels.optim import first_steps, head_adamw
 from alps_kernels.selection import selection
 from tests.support.mutants import plant
 
@@ -164,13 +164,13 @@ def test_ordinary_runs_say_nothing():
 
 
 @pytest.mark.parametrize("module, edit, check", [
-    (checks, ("slot.master is None and not again", "slot.master == 'split' and not again"), lambda: test_sixteen_bits_without_a_master(None, True, torch.bfloat16)),
-    (checks, ("(values + lr == values) & (values - lr == values)", "values * 0 == 1"), lambda: test_an_lr_at_which_nothing_moves(torch.float32, 1e-12, True)),
-    (checks, ("(values + lr == values) & (values - lr == values)", "values * 0 == 0"), lambda: test_an_lr_at_which_nothing_moves(torch.float32, 2e-5, False)),
-    (checks, ('if float(g["lr"]) > 0', "if True"), lambda: test_an_lr_that_warms_up(1e-11, True)),
-    (checks, ("self.idle - 1) < FIRST_STEPS:", "self.idle - 1) < 100:"), test_a_layer_frozen_after_the_heads_were_chosen),
-    (checks, ("if not any_gradient]", "if any_gradient]"), test_gradients_that_are_zero_on_the_selection),
-    (checks, ("if slot.param.requires_grad and slot.param.numel()", "if not slot.param.requires_grad"), lambda: test_gradients_that_never_come(True)),
+    (first_steps, ("slot.master is None and not again", "slot.master == 'split' and not again"), lambda: test_sixteen_bits_without_a_master(None, True, torch.bfloat16)),
+    (first_steps, ("(values + lr == values) & (values - lr == values)", "values * 0 == 1"), lambda: test_an_lr_at_which_nothing_moves(torch.float32, 1e-12, True)),
+    (first_steps, ("(values + lr == values) & (values - lr == values)", "values * 0 == 0"), lambda: test_an_lr_at_which_nothing_moves(torch.float32, 2e-5, False)),
+    (first_steps, ('if float(g["lr"]) > 0', "if True"), lambda: test_an_lr_that_warms_up(1e-11, True)),
+    (first_steps, ("self.idle - 1) < FIRST_STEPS:", "self.idle - 1) < 100:"), test_a_layer_frozen_after_the_heads_were_chosen),
+    (first_steps, ("if not any_gradient]", "if any_gradient]"), test_gradients_that_are_zero_on_the_selection),
+    (first_steps, ("if slot.param.requires_grad and slot.param.numel()", "if not slot.param.requires_grad"), lambda: test_gradients_that_never_come(True)),
     (head_adamw, ("                self._first_steps = None\n            self._apply", "                pass\n            self._apply"), test_a_layer_frozen_after_the_heads_were_chosen),
     (head_adamw, ("bool(cache.updates)):", "False):"), test_overflow_is_not_a_missing_gradient),
     (selection, ('(bound.rest == "frozen" or not part.full) and len', "len"), test_tied_weights),

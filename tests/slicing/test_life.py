@@ -11,7 +11,7 @@ from torch import nn
 import alps_kernels as alps
 from alps_kernels.selection import selection_of
 from alps_kernels.slicing.projection import Sliced
-from alps_kernels.tensors import SUFFIX, leaf_of, synced_slice_of, synced_slices_in
+from alps_kernels.tensors import LEAF_SUFFIX, leaf_of, synced_slice_of, synced_slices_in
 
 from ..optim.cases import same_bytes
 from .cases import MODELS, batch, loss_of, pair, some_heads, tiny
@@ -103,15 +103,15 @@ def test_loading_a_plain_state_dict_reaches_the_leaves(assign):
 def test_loading_is_strict_and_a_leaf_is_no_key():
     _, _, sliced, bound = trained()
     saved = sliced.state_dict()
-    name = next(part.name for part in bound.params if part.name.endswith(SUFFIX))
+    name = next(part.name for part in bound.params if part.name.endswith(LEAF_SUFFIX))
     with pytest.raises(RuntimeError, match="Unexpected key.*" + name):
         sliced.load_state_dict({**saved, name: torch.zeros(1)})
     before = [part.param.detach().clone() for part in bound.params]
     with pytest.raises(RuntimeError, match="Missing key"):
-        sliced.load_state_dict({key: value for key, value in saved.items() if key != name.removesuffix(SUFFIX)})
+        sliced.load_state_dict({key: value for key, value in saved.items() if key != name.removesuffix(LEAF_SUFFIX)})
     assert agree(sliced) and all(torch.equal(a, part.param) for a, part in zip(before, bound.params, strict=True))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        sliced.load_state_dict({**saved, name.removesuffix(SUFFIX): torch.zeros(3)})
+        sliced.load_state_dict({**saved, name.removesuffix(LEAF_SUFFIX): torch.zeros(3)})
     assert agree(sliced) and any(key == name for key, _ in sliced.named_parameters())
 
 
@@ -209,7 +209,7 @@ def test_checkpoints_of_transformers_are_ordinary(tmp_path):
 def test_parameters_are_listed_once_and_modes_are_modes():
     plain, _, sliced, bound = trained()
     names = [name for name, _ in sliced.named_parameters()]
-    assert len(names) == len(set(names)) == len(list(plain.named_parameters())) + sum(SUFFIX in n for n in names)
+    assert len(names) == len(set(names)) == len(list(plain.named_parameters())) + sum(LEAF_SUFFIX in n for n in names)
     assert {name for name, p in sliced.named_parameters() if p.requires_grad} == {part.name for part in bound.params}
     assert sliced.train().training and all(m.training for m in sliced.modules())
     assert not sliced.eval().training

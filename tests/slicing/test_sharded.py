@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import alps_kernels as alps
 from alps_kernels.slicing import projection as sliced_projection
-from alps_kernels.tensors import dtensor as placement, local, synced_slices
+from alps_kernels.tensors import dtensor as placement, local_part, synced_slices
 from tests.support import ranks
 
 from ..optim.cases import same_bytes
@@ -221,7 +221,7 @@ def load(saved_by, rank, world, folder):
         model, optimizer = _start("llama", torch.bfloat16, lr=5.0)
         with torch.no_grad():
             for param in model.parameters():
-                local(param).add_(1.0)
+                local_part(param).add_(1.0)
         options = StateDictOptions(full_state_dict=way == "full")
         if way == "dcp":
             states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
@@ -275,7 +275,7 @@ FAULTS = {
                                                                   "        if False:\n            ctx.synced[0]")],
                                              CHECKS["fsdp"]),
     "forward with the weight as gathered": (synced_slices, [("self._copy(weight, leaf, silent=True)", "pass")], CHECKS["fsdp_kept"]),
-    "leaves not loaded": (sliced_projection, [("        local(leaf).copy_(held)\n", "        pass\n")],
+    "leaves not loaded": (sliced_projection, [("        local_part(leaf).copy_(held)\n", "        pass\n")],
                           save_and_load),
     "leaves loaded from one rank": (placement, [("return sum_bytes_(whole, weight)", "return whole")], save_and_load),
 }

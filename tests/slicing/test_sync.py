@@ -90,7 +90,7 @@ def new_storage(sliced, bound):
 
 def replaced(sliced, bound):
     for _, synced in synced_slices_in(sliced):
-        leaf = synced.name + synced_slices.SUFFIX
+        leaf = synced.name + synced_slices.LEAF_SUFFIX
         setattr(synced.module, leaf, nn.Parameter(getattr(synced.module, leaf).detach() + 0.1))
 
 

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from einops import repeat
 from torch import nn
 
 import alps_kernels as alps
@@ -19,7 +20,8 @@ class Projections(nn.Module):
 
     def forward(self, x):
         q, k, v = self.q(x), self.k(x), self.v(x)
-        return self.o(q * k.repeat_interleave(2, -1).tanh() + v.repeat_interleave(2, -1))
+        k, v = (repeat(x, "... d -> ... (d two)", two=2) for x in (k, v))
+        return self.o(q * k.tanh() + v)
 
     def layout(self):
         def of(name, role, dim, i):

@@ -1,0 +1,1 @@
+"""Helpers of several test folders: planted faults, ranks, real models, the interpreter."""

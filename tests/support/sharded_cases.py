@@ -7,7 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import alps_kernels as alps
-from alps_kernels.tensors import bounds, local
+from alps_kernels.tensors import local_bounds, local_part
 
 from ..optim.cases import same_bytes
 
@@ -80,5 +80,5 @@ def set_grads(model, generator, bound, scale=1.0):
 def differences(sharded, plain):
     """Parameters whose shard is not the bytes of the plain one's."""
     others = dict(plain.named_parameters())
-    return [f"{name} differs: {local(p).detach().flatten()[:4]} {bounds(p)}" for name, p in sharded.named_parameters()
-            if not same_bytes(local(p).detach(), cut_like(p, others[name].detach()))]
+    return [f"{name} differs: {local_part(p).detach().flatten()[:4]} {local_bounds(p)}" for name, p in sharded.named_parameters()
+            if not same_bytes(local_part(p).detach(), cut_like(p, others[name].detach()))]

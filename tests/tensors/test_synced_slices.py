@@ -7,7 +7,7 @@ import pickle
 import torch
 from torch import nn
 
-from alps_kernels.tensors import SUFFIX, SyncedSlice, leaf_of, sync_weights, synced_slice_of, synced_slices_in
+from alps_kernels.tensors import LEAF_SUFFIX, SyncedSlice, leaf_of, sync_weights, synced_slice_of, synced_slices_in
 
 ROWS = ((0, 2), (5, 6))
 
@@ -23,7 +23,7 @@ class Held(nn.Linear):
 def held(dim=0, ranges=ROWS):
     module = Held(6, 8, bias=False).requires_grad_(False)
     synced = SyncedSlice(module, "weight", dim, ranges, True)
-    module.register_parameter("weight" + SUFFIX, nn.Parameter(synced.cut(module.weight)))
+    module.register_parameter("weight" + LEAF_SUFFIX, nn.Parameter(synced.cut(module.weight)))
     module._synced = {"weight": synced}
     synced.adopt()
     synced.copy(module.weight, module.weight_slice)

@@ -1,4 +1,4 @@
-"""Low-overhead kernel launches with pinned staging buffers."""
+"""Launch the AdamW kernel at low overhead: pinned buffers for its tables, and the compiled binary itself."""
 
 from __future__ import annotations
 

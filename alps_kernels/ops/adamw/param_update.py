@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...tensors import as_matrix, is_sharded, local
-from .codes8 import n_scales
+from ...tensors import as_matrix, is_sharded, local_part
+from .quantize8 import n_scales
 
 
 class Block(NamedTuple):
@@ -149,9 +149,9 @@ class ParamUpdate:
     def __post_init__(self) -> None:
         self.owner, self.sharded = self.param, is_sharded(self.param)
         if self.sharded:
-            self.param, self.grad = local(self.param), local(self.grad)
-            self.exp_avg, self.exp_avg_sq = local(self.exp_avg), local(self.exp_avg_sq)
-            self.max_exp_avg_sq, self.low = (t if t is None else local(t) for t in (self.max_exp_avg_sq, self.low))
+            self.param, self.grad = local_part(self.param), local_part(self.grad)
+            self.exp_avg, self.exp_avg_sq = local_part(self.exp_avg), local_part(self.exp_avg_sq)
+            self.max_exp_avg_sq, self.low = (t if t is None else local_part(t) for t in (self.max_exp_avg_sq, self.low))
 
     @cached_property
     def launch_key(self) -> tuple:

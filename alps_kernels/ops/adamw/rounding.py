@@ -10,7 +10,7 @@ MASK32 = 0xFFFFFFFF
 PARAM_BITS, EXP_AVG_BITS, EXP_AVG_SQ_BITS = range(3)  # what random bits round: `random_bits`'s purpose
 
 
-def join(param: Tensor, low: Tensor | None) -> Tensor:
+def join_master(param: Tensor, low: Tensor | None) -> Tensor:
     """The master weight that `param` and its `low` part stand for: float32, or float64 as it is.
 
     A float32 or float64 parameter is its own master and comes back itself, not a copy.

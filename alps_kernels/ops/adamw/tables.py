@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...tensors import as_matrix
-from .codes8 import QUANTUM
 from .param_update import Block, HyperRow, ParamUpdate
+from .quantize8 import QUANTUM
 
 TILE = 1024  # elements: 8 for each thread of 4 warps
 VECTOR = 8  # elements: 16 bytes of a 16-bit type

@@ -1,4 +1,4 @@
-"""Distances between the heads of two models: op, tables, CPU backend, oracle."""
+"""Distances between the heads of two models: op, tables, CPU backend, oracle. Imports: csrc_triton."""
 
 from .op import METRICS, Segment, head_delta, head_delta_projection
 

@@ -30,7 +30,7 @@ class Segment:
 
 def head_delta(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], *, temperature: float = 1.0,
                backend: str | None = None) -> dict[str, Tensor]:
-    """Distances between the heads of two models (DESIGN, Scores).
+    """Distances between the heads of two models (docs/how-it-works.md).
 
     A head's elements are its segments one after the other, each row-major.
 

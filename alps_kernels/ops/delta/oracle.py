@@ -46,7 +46,7 @@ def _scores(layers: Sequence[Sequence[Any]], elements: Callable[[list[Tensor]], 
 
 
 def distances(base: Tensor, task: Tensor, tau: float) -> dict[str, Tensor]:
-    """Every metric between the rows of two matrices [heads, n] (DESIGN, Scores)."""
+    """Every metric between the rows of two matrices [heads, n] (docs/how-it-works.md)."""
     n = base.shape[1]
     p, q = (base / tau).softmax(1), (task / tau).softmax(1)  # P_B and P_T
     mean = (p + q) / 2

@@ -1,6 +1,6 @@
 """Heads that moved little, in float32 passes over stretches of cache size: the CPU's fast path.
 
-A score is the sum of tiny differences of probabilities, which are never subtracted (DESIGN, Numerics).
+A score is the sum of tiny differences of probabilities, which are never subtracted (docs/how-it-works.md).
 With x = (t - b) / tau, G = exp((b + t) / 2 tau) and y = x - log(Z_T / Z_B), about the middle of both:
 
     P_T - P_B = 2 G sinh(y / 2) / N,  N = sum G cosh(y / 2) = sqrt(Z_B Z_T)
