@@ -1,4 +1,4 @@
-"""What only a GPU can show: kernels against references, streams, graphs, huge tensors, frozen bytes.
+"""What only a GPU can show: kernels against the CPU backend, streams, graphs, huge tensors, frozen bytes.
 
 Skipped without CUDA. The tests with `sanitizer` in their name are small: compute-sanitizer runs them.
 """
@@ -57,7 +57,7 @@ def outside(part, tensor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("master", ["split", "kahan", "stochastic", None])
-def test_steps_equal_the_reference_and_leave_the_rest_alone_sanitizer(dtype, master):
+def test_steps_equal_the_cpu_backend_and_leave_the_rest_alone_sanitizer(dtype, master):
     if dtype == torch.float32 and master not in ("split", None):
         pytest.skip("masters are of 16-bit parameters")
     sides = {}
@@ -77,7 +77,7 @@ def test_steps_equal_the_reference_and_leave_the_rest_alone_sanitizer(dtype, mas
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_moments_of_8_bits_equal_the_reference_sanitizer(dtype):
+def test_moments_of_8_bits_equal_the_cpu_backend_sanitizer(dtype):
     sides = {}
     for device in ("cuda", "cpu"):
         params, bound = make(dtype, device)
@@ -187,7 +187,7 @@ def test_scores_equal_the_oracle_sanitizer(dtype):
 
 @pytest.mark.parametrize("delta", [1e-2, 1e-3, 1e-4, 1e-5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_of_an_8b_model_score_as_the_reference_says(dtype, delta):
+def test_heads_of_an_8b_model_score_as_the_cpu_backend_does(dtype, delta):
     generator = torch.Generator("cuda").manual_seed(0)
     layer = []
     for n, index in ((4, (0, 1, 2, 3)), (1, (0,) * 4), (1, (0,) * 4)):
@@ -197,7 +197,7 @@ def test_heads_of_an_8b_model_score_as_the_reference_says(dtype, delta):
     metrics = [m for m in METRICS if m not in ("pad_values", "cosine_weights")]
     for score in (head_delta, head_delta_projection):
         found = score([tuple(layer)], metrics)
-        # float64 weights go to the reference, which then computes in float64 throughout.
+        # float64 weights go to the CPU backend, which then computes in float64 throughout.
         wide = tuple(Segment(s.base.double(), s.task.double(), s.index) for s in layer)
         for name, expected in score([wide], metrics).items():
             torch.testing.assert_close(found[name], expected, rtol=1.5e-5, atol=0, msg=f"{score.__name__} {name}")

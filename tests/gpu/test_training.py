@@ -143,7 +143,7 @@ def test_autocast_a_scaler_and_checkpointing_train_sliced_heads():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_8_bit_moments_equal_the_reference_and_leave_the_rest_alone_sanitizer(dtype):
+def test_8_bit_moments_equal_the_cpu_backend_and_leave_the_rest_alone_sanitizer(dtype):
     sides = {}
     for device in (DEVICE, "cpu"):
         params, bound = make(dtype, device)

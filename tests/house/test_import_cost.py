@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 
 import alps_kernels
-from tests.house.test_arrows import ROOMS
+from tests.house.rules import ROOMS
 
 FACES = [room for room in ROOMS if room != "csrc_triton"]
 LIGHT = [room for room in FACES if room not in ("integrations", "demo", "cli")]
