@@ -91,11 +91,7 @@ def _new_values(update: ParamUpdate, block: Block | None, hyper: HyperRow, facto
 
 
 def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None, hyper: HyperRow) -> tuple:
-    """The new parameter and moments, all of one float dtype; c = 1 - beta^t.
-
-        m <- beta1 m + (1 - beta1) g ;  v <- beta2 v + (1 - beta2) g^2
-        p <- p (1 - lr wd) - lr (m / c1) / (sqrt(v / c2) + eps)
-    """
+    """The new parameter and moments, all of one float dtype; the formula is that of `oracle.step_block`."""
     p = p * hyper.decay
     m = m.lerp(g, hyper.weight1)
     v = (v * hyper.beta2).addcmul_(g, g, value=hyper.weight2)
