@@ -80,4 +80,5 @@ whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=Tru
 if rank == 0:
     print(bound)
     model.save_pretrained(options.output, state_dict=whole)
+dist.barrier()  # no rank leaves while another still saves
 dist.destroy_process_group()

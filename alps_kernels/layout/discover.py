@@ -54,10 +54,8 @@ def find_heads(model: nn.Module) -> HeadLayout:
         first, *more = problems
         raise LayoutError(first + (f" (and {len(more)} more modules)" if more else ""))
     if not found:
-        raise LayoutError(
-            f"{model_type}: no module of this model holds attention heads (query, key and value "
-            "projections); state-space models and other recurrences have none"
-        )
+        raise LayoutError(f"{model_type}: no module of this model holds attention heads (query, key and value "
+                          "projections); state-space models and other recurrences have none")
     towers = towers_of([layer.module for layer in found])
     layers = tuple(replace(layer, tower=tower) for layer, tower in zip(found, towers, strict=True))
     held = {part.param for layer in layers for part in layer.parts}
@@ -131,9 +129,8 @@ def _locate(at: Candidate, found: Sequence[AttentionLayer]) -> Owned:
     return _reusing(at, q, found)
 
 
-def _separate(
-    at: Candidate, q: Projection, keys: list[Projection], values: list[Projection], pair: Projection | None
-) -> Owned:
+def _separate(at: Candidate, q: Projection, keys: list[Projection], values: list[Projection],
+              pair: Projection | None) -> Owned:
     """Separate query, and keys and values apart or packed in one tensor."""
     sources, names = at.sources, ("num_heads", "num_attention_heads", "n_heads")
     if type(at.module).__name__.endswith("AttnBlock") and stated([at.module], names) is None:

@@ -71,11 +71,9 @@ def solve(module: str, sources: Sequence[Any], *, q: int, k: int, v: int, o: int
     """What `fit` returns; LayoutError where no stated head size or head count fits the shapes."""
     if found := fit(sources, q=q, k=k, v=v, o=o):
         return found
-    raise LayoutError(
-        f"{module}: projections of {q} query, {k} key and {v} value features, with {o} features into the "
-        f"output projection, do not divide into heads; stated: {stated(sources, HEADS)} heads, "
-        f"head size {stated(sources, HEAD_DIM)}"
-    )
+    raise LayoutError(f"{module}: projections of {q} query, {k} key and {v} value features, with {o} features into the "
+                      f"output projection, do not divide into heads; stated: {stated(sources, HEADS)} heads, "
+                      f"head size {stated(sources, HEAD_DIM)}")
 
 
 def _agrees(sizes: Sizes, module: Any) -> bool:

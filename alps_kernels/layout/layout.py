@@ -32,7 +32,8 @@ class HeadLayout:
             shape = self.shapes.get(part.param)
             if shape is None:
                 raise LayoutError(f"{layer.module}: a slice names {part.param}, which has no shape here")
-            if part.role not in ROLES or not 0 <= part.start < part.stop <= matrix_shape(shape)[part.dim]:
+            extent = matrix_shape(shape)[part.dim] if part.dim in (0, 1) else 0
+            if part.role not in ROLES or not 0 <= part.start < part.stop <= extent:
                 raise LayoutError(f"{layer.module}: {part.role} slice [{part.start}, {part.stop}) does not lie in "
                                   f"dimension {part.dim} of {part.param} {list(shape)}")
 
@@ -122,14 +123,8 @@ class HeadLayout:
                          f" / {layer.n_groups} kv groups  head 0: {first}")
         return "\n".join(lines)
 
-    def verify(
-        self,
-        model: torch.nn.Module,
-        inputs: Mapping[str, Any] | None = None,
-        *,
-        layers: Sequence[int] | None = None,
-        seed: int = 0,
-    ) -> None:
+    def verify(self, model: torch.nn.Module, inputs: Mapping[str, Any] | None = None, *,
+               layers: Sequence[int] | None = None, seed: int = 0) -> None:
         """Perturb every claimed block and see that the claimed columns move, and no others.
 
         The model is run once in eval mode, then each attention module alone; weights, hooks, modes

@@ -89,9 +89,8 @@ def _owned(heads: Units, groups: Units, out: Projection, sizes: Sizes) -> Owned:
     return Owned(join(heads, columns), groups, sizes.group_of(), out)
 
 
-def separate(
-    q: Projection, keys: Sequence[Projection], values: Sequence[Projection], out: Projection, sizes: Sizes, wide: int
-) -> Owned:
+def separate(q: Projection, keys: Sequence[Projection], values: Sequence[Projection], out: Projection, sizes: Sizes,
+             wide: int) -> Owned:
     """Heads of separate projections.
 
     A query twice as wide interleaves [query, gate] per head. There is one key and one value
@@ -158,10 +157,8 @@ def _packed_sizes(at: Candidate, packed: Projection, out: Projection, order: str
     groups, rest = divmod(rows - heads * head_dim, 2 * head_dim) if head_dim else (0, 1)
     fits = heads * head_dim == width and not rest and groups and heads % groups == 0
     if not fits or (order in ("heads", "codegen") and groups != heads) or (order == "codegen" and heads % 4):
-        raise LayoutError(
-            f"{at.name}: {rows} fused features do not divide into q, k and v of {heads} heads of size "
-            f"{head_dim} ({width} features enter the output projection)"
-        )
+        raise LayoutError(f"{at.name}: {rows} fused features do not divide into q, k and v of {heads} heads of size "
+                          f"{head_dim} ({width} features enter the output projection)")
     return Sizes(heads, groups, head_dim, head_dim)
 
 

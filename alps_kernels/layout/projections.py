@@ -86,18 +86,14 @@ def projection(module: nn.Module, name: str, names: Mapping[int, str]) -> Projec
     if not is_linear(inner):
         held = [f"{key} {tensor.dtype} {list(tensor.shape)}"
                 for key, tensor in (*inner._parameters.items(), *inner._buffers.items()) if tensor is not None]
-        raise LayoutError(
-            f"{path} ({type(inner).__name__}) has no weight matrix that heads could own rows or "
-            f"columns of; it holds {held or list(inner._modules)}"
-        )
+        raise LayoutError(f"{path} ({type(inner).__name__}) has no weight matrix that heads could own rows or "
+                          f"columns of; it holds {held or list(inner._modules)}")
     weight, bias = inner._parameters["weight"], inner._parameters.get("bias")
     packed = type(weight).__module__.startswith("torchao")  # its tensors state the dtype they stand for
     if packed or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        raise LayoutError(
-            f"{path} ({type(inner).__name__}): its weight is quantised or packed "
-            f"({type(weight).__name__} {weight.dtype} {list(weight.shape)}); heads need "
-            "floating-point weights of 16 bits or more"
-        )
+        raise LayoutError(f"{path} ({type(inner).__name__}): its weight is quantised or packed "
+                          f"({type(weight).__name__} {weight.dtype} {list(weight.shape)}); heads need "
+                          "floating-point weights of 16 bits or more")
     n_out, n_in = weight.shape[0], weight.shape[1]
     transposed = any(kind.__name__ == "Conv1D" for kind in type(inner).__mro__)
     if transposed:
@@ -214,10 +210,8 @@ class Candidate:
         for out in found:
             if fits(out):
                 return out
-        raise LayoutError(
-            f"{self}: its output projection {found[0].module} takes {found[0].n_in} features, "
-            "which do not divide into its heads"
-        )
+        raise LayoutError(f"{self}: its output projection {found[0].module} takes {found[0].n_in} features, "
+                          "which do not divide into its heads")
 
     def _outputs_in(self, module: nn.Module, name: str) -> list[Projection]:
         """Output projections among the children of `module`, the best named first."""

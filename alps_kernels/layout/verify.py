@@ -29,13 +29,8 @@ _OF_GROUP = {"value": ("v",), "key": ("k",)}
 _TOKENS = 12  # positions of the default input: enough for every head to attend to several
 
 
-def verify_layers(
-    layers: Sequence[AttentionLayer],
-    weights: Collection[str],
-    model: nn.Module,
-    inputs: Mapping[str, Any] | None,
-    seed: int,
-) -> None:
+def verify_layers(layers: Sequence[AttentionLayer], weights: Collection[str], model: nn.Module,
+                  inputs: Mapping[str, Any] | None, seed: int) -> None:
     """Perturb every claimed block of `layers`; see `HeadLayout.verify`.
 
     Args:
@@ -44,10 +39,8 @@ def verify_layers(
     params = dict(model.named_parameters())
     meta = [name for name in weights if name not in params or params[name].is_meta]
     if meta:
-        raise LayoutError(
-            f"{meta[0]}: there is no such weight to perturb in this model"
-            + (" (it is on the meta device)" if meta[0] in params else "")
-        )
+        raise LayoutError(f"{meta[0]}: there is no such weight to perturb in this model"
+                          + (" (it is on the meta device)" if meta[0] in params else ""))
     modules = dict(model.named_modules())
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -66,14 +59,8 @@ def verify_layers(
             _check_layer(layer, params, modules, stage, calls[stage], seed)
 
 
-def _check_layer(
-    layer: AttentionLayer,
-    params: dict[str, nn.Parameter],
-    modules: dict[str, nn.Module],
-    stage: str,
-    call: tuple,
-    seed: int,
-) -> None:
+def _check_layer(layer: AttentionLayer, params: dict[str, nn.Parameter], modules: dict[str, nn.Module], stage: str,
+                 call: tuple, seed: int) -> None:
     """Every head and group of one attention module, seen by calling the module `stage` again."""
     if not all(any(part.role == "o" for part in unit) for unit in layer.heads):
         raise LayoutError(f"{layer.module}: no output projection was located, so there is nothing to see its heads by")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..selection import cut_compact, gather_compact
 from ..tensors import placed_like, share_of, viewed
+from .groups import check_options
 from .state import EIGHT, LOW, MOMENTS, SCALE, Slot
 
 FORMAT, VERSION = "alps_kernels.head_adamw", 1
@@ -94,6 +95,8 @@ def read_saved(saved: Mapping[str, Any], param_groups: Sequence[Mapping], slots:
             slots[param], states[param] = read_state(
                 slot, entry, described[key] if described else described_by(slot, entry.get("slices")),
                 amsgrad=group.get("amsgrad", False), device_step=group.get("capturable", False))
+    for number, (ours, theirs) in enumerate(zip(param_groups, saved["param_groups"], strict=True)):
+        check_options(f"param group {number} of the state dict", {**ours, "amsgrad": theirs.get("amsgrad", False)})
     groups = [{**theirs, **{key: ours[key] for key in OURS}}
               for theirs, ours in zip(saved["param_groups"], param_groups, strict=True)]
     # Without the state: torch would cast every tensor of it to the parameter's dtype.

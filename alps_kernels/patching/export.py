@@ -16,7 +16,7 @@ from ..tensors import new_folder, save_tensors, write_json
 from ..weights import Weights, canonical
 from .checkpoint import apply_to_checkpoint, sparse_updates
 from .fit import check_fits, whole_weights
-from .patch import HeadPatch, PatchLike, loaded, several
+from .patch import HeadPatch, PatchLike, loaded
 from .slices_file import TensorSlice
 
 
@@ -108,8 +108,8 @@ def export_merged(patches: PatchLike | Sequence[PatchLike], base: str | os.PathL
 
     Raises: as `apply_to_checkpoint`.
     """
-    apply_to_checkpoint(base, [loaded(patch) for patch in several(patches)], folder, keep_originals=keep_originals,
-                        config=config)
+    patches = [patches] if isinstance(patches, (str, os.PathLike, HeadPatch)) else patches
+    apply_to_checkpoint(base, list(map(loaded, patches)), folder, keep_originals=keep_originals, config=config)
 
 
 def export_sparse(patch: PatchLike, base: str | os.PathLike, folder: str | os.PathLike, *,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..selection import HeadSelection, selected_ranges
 from ..tensors import first_of, intersect
-from ..weights import Checkpoint, ModelWeights, Weights, open_checkpoint
+from ..weights import Checkpoint, ModelWeights, Weights, open_checkpoint, unwrap_model
 from .patch import HeadPatch
 from .slices_file import TensorSlice, digest, in_threads
 
@@ -28,7 +28,7 @@ def whole_weights(model: nn.Module | str | os.PathLike, config: Any = None) -> W
             lacks a tensor, or is quantised.
     """
     if isinstance(model, nn.Module):
-        weights = ModelWeights(model, cached_layout=True)
+        weights = ModelWeights(model, type(unwrap_model(model)).__name__, cached_layout=True)
     elif not isinstance(weights := open_checkpoint(model, config=config), Checkpoint):
         raise ValueError(f"{os.fspath(model)} is a GGUF file; expected a checkpoint folder (convert it with "
                          "transformers' from_pretrained and save_pretrained)")

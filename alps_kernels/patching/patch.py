@@ -28,6 +28,14 @@ class Outside:
     info: TensorInfo
     digest: str
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
 
 @dataclass(frozen=True, eq=False)
 class HeadPatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,13 @@ def checked(document: dict[str, Any]) -> tuple[Tensor | list, dict[str, Any]]:
     """Scores and entries of a document.
 
     Raises:
-        KeyError, TypeError: it lacks an entry, or one is of another kind.
+        KeyError, TypeError, ValueError: it lacks an entry, or one cannot be.
     """
     for name, kind in ENTRIES.items():
         if not isinstance(document[name], kind) or isinstance(document[name], bool):
             raise TypeError(f"{name} is {type(document[name]).__name__}")
+    if not 0 < document["temperature"] < math.inf:
+        raise ValueError(f"temperature is {document['temperature']}")
     values = document["values"]
     if isinstance(values, list) and not all(type(value) in (int, float) for value in values):
         raise TypeError("values are not all numbers")

@@ -100,7 +100,7 @@ class HeadScores:
             raise IndexError(f"layer {layer} was not scored; the scored ones are {list(self.layers)}")
         if not isinstance(index, int) or not 0 <= index < self.heads_per_layer[layer]:
             raise IndexError(f"head {index} is not in layer {layer}, which has {self.heads_per_layer[layer]} heads")
-        return self.by_layer()[layer][index].item()
+        return self.by_layer()[layer][int(index)].item()
 
     def by_layer(self) -> dict[int, Tensor]:
         """The scores of every scored layer, float64 [heads of the layer]."""

@@ -71,7 +71,7 @@ class HeadSet:
         return hash((self.heads, self.heads_per_layer, self.kv, self.parts))
 
     def __invert__(self: S) -> S:
-        return type(self)(all_pairs(self.heads_per_layer), self.heads_per_layer, kv=self.kv, parts=self.parts) - self
+        return self._result(all_pairs(self.heads_per_layer), self.heads_per_layer, kv=self.kv, parts=self.parts) - self
 
     def _combine(self: S, operation: Callable[[set, set], set], other: HeadSet) -> S:
         if not isinstance(other, HeadSet):
@@ -80,7 +80,7 @@ class HeadSet:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise ValueError(f"the two selections differ in {name}: {mine} and {theirs}")
-        return type(self)(operation(set(self.heads), set(other.heads)), self.heads_per_layer, kv=self.kv,
+        return self._result(operation(set(self.heads), set(other.heads)), self.heads_per_layer, kv=self.kv,
                           parts=self.parts, summary=self.summary or other.summary)
 
     __or__ = partialmethod(_combine, operator.or_)
@@ -114,6 +114,8 @@ class HeadSet:
         """
         try:
             summary = document.get("summary")
+            if not isinstance(document.get("provenance"), (dict, type(None))):
+                raise TypeError("provenance is not an object")
             return cls(
                 [tuple(head) for head in document["heads"]], document["heads_per_layer"],
                 kv=document["kv"], parts=document["parts"], provenance=document.get("provenance"),
@@ -122,6 +124,9 @@ class HeadSet:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(f"not a valid head selection: {what}") from error
+
+
+HeadSet._result = HeadSet  # the class of what set operations give; that of a subclass is its base's
 
 
 def all_pairs(heads_per_layer: Sequence[int]) -> list[tuple[int, int]]:

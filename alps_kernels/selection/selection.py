@@ -224,6 +224,9 @@ class HeadSelection(HeadSet):
         return SelectionCount.of(self, summary)
 
 
+HeadSelection._result = HeadSelection
+
+
 def _heads_of(like: Any) -> tuple[int, ...]:
     if not hasattr(like, "heads_per_layer"):
         raise TypeError(f"like is a {type(like).__name__}; expected a HeadLayout, HeadScores or HeadSelection")

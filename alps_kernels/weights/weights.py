@@ -103,8 +103,8 @@ class ModelWeights:
         for name in names:
             param = self.params[name]
             if param.is_meta:
-                raise ValueError(f"{self.name}: {name} is on the meta device and has no values; load the model, "
-                                 "or give its checkpoint folder instead")
+                raise ValueError(f"{self.name}: {name} is on the meta device and has no values" + (
+                    "" if exact else "; load the model, or give its checkpoint folder instead"))
             if exact and (param.layout != torch.strided or is_traceable_wrapper_subclass(param)):
                 raise ValueError(f"{self.name}: {name} is a {type(param).__name__} ({type(param.data).__name__}), "
                                  "sharded or packed; expected a plain tensor (gather the model, or patch its "
