@@ -101,6 +101,16 @@ def test_loading_does_not_share_memory_with_the_file():
     assert all(torch.equal(before[i][key], saved["state"][i][key]) for i in before for key in before[i])
 
 
+def test_a_dense_amsgrad_state_is_refused_for_8_bit_moments():
+    params, bound = toy()
+    dense = torch.optim.AdamW(params.values(), lr=1e-2, amsgrad=True)
+    run(params, dense, bound, 2, outside=0.5)
+    optimizer = make(params, bound, moment_dtype="8bit")
+    with pytest.raises(ValueError, match="group 0 of the state dict: amsgrad has no 8-bit form"):
+        optimizer.load_state_dict(dense.state_dict())
+    assert not optimizer.state and not optimizer.param_groups[0]["amsgrad"]
+
+
 def test_a_dense_state_is_cut_and_ours_spreads_to_a_dense_one():
     params, bound = toy()
     dense = torch.optim.AdamW(params.values(), lr=1e-2, weight_decay=0.1)

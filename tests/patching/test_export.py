@@ -196,7 +196,7 @@ def test_merged(tmp_path):
     tuned = tune(base, pick(base))
     base.save_pretrained(tmp_path / "base", max_shard_size="4KB")
     save_patch(tuned, tmp_path / "p.safetensors", base=base)
-    export_merged(tmp_path / "p.safetensors", tmp_path / "base", tmp_path / "merged")
+    export_merged((path for path in [tmp_path / "p.safetensors"]), tmp_path / "base", tmp_path / "merged")
     assert same_bytes(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto"), snapshot(tuned))
     assert not (tmp_path / "merged" / "alps_patch").exists()
 

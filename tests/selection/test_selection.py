@@ -128,6 +128,15 @@ def test_set_operations(layout):
         a | HeadSelection([], [4, 5])
 
 
+def test_set_operations_of_a_subclass_give_plain_selections():
+    class First(HeadSelection):
+        def __init__(self, n):
+            super().__init__([(0, head) for head in range(n)], [4])
+
+    for found in (First(2) | First(3), ~First(1), First(3) - HeadSelection([(0, 0)], [4])):
+        assert type(found) is HeadSelection
+
+
 def test_baselines(layout):
     assert len(HeadSelection.random(layout, 0.25)) == 2
     assert HeadSelection.random(layout, k=3, seed=1) == HeadSelection.random(layout, k=3, seed=1)
