@@ -18,7 +18,7 @@ from alps_kernels.selection import shards as sharding
 from alps_kernels.tensors import dtensor as placement, local_part
 from tests.support import ranks
 
-from ..support.mutants import plant
+from ..support.mutants import check_plantable, plant
 from ..support.sharded_cases import cut_like, differences, heads_of, model_of, set_grads, shard
 from .cases import same_bytes
 
@@ -312,14 +312,14 @@ FAULTS = {  # of sharding and its use, each seen by the check beside it
     "a shard begins one row early": (sharding, [("last) - first\n", "last) - max(first - 1, 0)\n")], "steps_llama"),
     "every shard is the first": (sharding, [("min(max(edge, first), last) - first", "edge")], "steps_llama"),
     "gathered ranges overlap": (sharding, [("here + size\n", "here\n")], "steps_gpt2_fused_columns"),
-    "rows of a column range as many as all ranks'": (state, [("if self.part.dim == 0 else rows\n",
-                                                     "if self.part.dim == 0 else self.param.shape[0]\n")],
+    "rows of a column range as many as all ranks'": (state, [("if dim == 0 else rows\n",
+                                                     "if dim == 0 else self.param.shape[0]\n")],
                                             "steps_gpt2_fused_columns"),
     "whole state is not sharded": (state, [("placed_like(self.param, held) if self.part.full else held", "held")], "train_all"),
     "dense state of another rank": (placement, [("value.narrow(dim, start, stop - start)",
                                                 "value.narrow(dim, 0, stop - start)")], "carry"),
     "slices are not read": (saved_state, [("    if slices is None or", "    if True or")], "refusals"),
-    "the description is not of all ranks'": (saved_state, [("gather_compact(slot.part, value) for", "value for")], "steps_llama"),
+    "the description is not of all ranks'": (saved_state, [("else gather_compact(slot.part, value)", "else value")], "steps_llama"),
 }
 
 
@@ -346,4 +346,6 @@ def test_many_ranks_are_one(found, world, check):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_seen(name, tmp_path):
+    module, edits, _ = FAULTS[name]
+    check_plantable(module, *edits)
     assert ranks.run(2, {"faulty": partial(faulty, name)}, tmp_path, patience=10)["faulty"]

@@ -14,7 +14,7 @@ from alps_kernels.tensors import is_sharded
 from tests.support import ranks
 
 from ..slicing.test_sharded import OPTIONS, differences, loss_of, optimizer_of, sliced, tokens, train, whole_state
-from ..support.mutants import plant
+from ..support.mutants import check_plantable, plant
 from ..support.sharded_cases import heads_of, model_of
 from .cases import bind, selection, toy
 
@@ -86,8 +86,7 @@ CHECKS = {
 }
 FAULTS = {
     "replaced parameters stay frozen": (groups, [("        found[old] = new\n", "        pass\n")], "fsdp2"),
-    "leaves stay on the meta device": (sliced_projection, [("        if leaf.is_meta and not values.is_meta:\n            return nn.Parameter(like",
-                                                            "        if False:\n            return nn.Parameter(like")],
+    "leaves stay on the meta device": (sliced_projection, [("    if leaf.is_meta and not values.is_meta:", "    if False:")],
                                        "fsdp2_from_rank_0"),
 }
 
@@ -108,6 +107,8 @@ def test_two_ranks_are_one(check, tmp_path):
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_seen(name, tmp_path):
     pytest.importorskip("accelerate")
+    module, edits, _ = FAULTS[name]
+    check_plantable(module, *edits)
     assert ranks.run(2, {"faulty": partial(faulty, name)}, tmp_path, patience=10)["faulty"]
 
 

@@ -20,7 +20,7 @@ from alps_kernels.tensors import ranks as distributed
 from alps_kernels.weights import Checkpoint
 from tests.support import ranks
 
-from ..support.mutants import plant
+from ..support.mutants import check_plantable, plant
 from ..support.sharded_cases import model_of
 
 METRICS = ("pad", "js", "relative")
@@ -141,6 +141,8 @@ def test_many_ranks_score_as_one(found, world, check):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_seen(name, folder):
+    module, old, new, _ = FAULTS[name]
+    check_plantable(module, (old, new))
     assert ranks.run(2, {"faulty": partial(faulty, name)}, folder, patience=10)["faulty"]
 
 

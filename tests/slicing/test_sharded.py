@@ -1,7 +1,6 @@
 """Sliced models under DDP and FSDP2: 2 and 4 ranks against one process."""
 
 import contextlib
-import inspect
 import sys
 from functools import partial
 
@@ -22,7 +21,7 @@ from alps_kernels.tensors import dtensor as placement, local_part, synced_slices
 from tests.support import ranks
 
 from ..optim.cases import same_bytes
-from ..support.mutants import edit, plant
+from ..support.mutants import check_plantable, plant
 from ..support.sharded_cases import heads_of, model_of, shard
 
 OPTIONS = dict(lr=1e-2, weight_decay=0.1)
@@ -305,7 +304,7 @@ def test_many_ranks_are_one(found, world, check):
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_seen(name, tmp_path):
     module, edits, _ = FAULTS[name]
-    edit(inspect.getsource(module), *edits)  # the ranks would report a fault that cannot be planted as one that is seen
+    check_plantable(module, *edits)
     assert ranks.run(2, {"faulty": partial(faulty, name)}, tmp_path, patience=10)["faulty"]
 
 
