@@ -19,6 +19,7 @@ QUICK = {
     "curves": "--layers 3 --steps 6 --batch 4",
     "dw": "--shape SmolLM2-135M --ratio 0.1 --tokens 256 --repeats 3",
     "grad_norm": "--layers 4 --ratio 0.1 --repeats 5",
+    "host": "--tensors 16 --repeats 20",
     "patch": "--repeats 3",
     "one_run": "--tiny --steps 8 --warmup 3 --test 16",
     "score": "--shape SmolLM2-135M --layers 2",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from alps_kernels.selection import BoundParam, BoundSelection, HeadSelection
 from alps_kernels.tensors import merge
-from bench.common import copy_bandwidth, table, write_rows
+from bench.common import copy_bandwidth, table, write_each
 from bench.shapes import RATIOS, SHAPES, Shape, heads_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,15 +68,18 @@ class Selected:
                    params, bound, dtype)
 
 
-def sweep(doc: str, name: str, run: Callable[[Selected, float, int], list[dict]], argv: list[str] | None,
+def sweep(doc: str, name: str, run: Callable[[Selected, float, int], Iterable[dict]], argv: list[str] | None,
           parity: Callable[[], None] | None = None) -> None:
-    """`run` every case that the command line names; rows are written case by case.
+    """`run` every case that the command line names; every row is written as soon as it was measured.
 
     Args:
         doc: the benchmark's own, for --help.
         name: of the file of rows.
-        run: rows of a case, from the copy bandwidth and the number of repeats.
+        run: rows of a case, from the copy bandwidth and the number of repeats; the first is ours.
         parity: what must hold before anything is timed.
+
+    Raises:
+        SystemExit: at the end, where a case has no time of ours.
     """
     cuda = DEVICE == "cuda"
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,14 +91,17 @@ def sweep(doc: str, name: str, run: Callable[[Selected, float, int], list[dict]]
     args = parser.parse_args(argv)
     if parity:
         parity()
-    bandwidth = copy_bandwidth()
+    bandwidth, lost = copy_bandwidth(), []
     for shape in map(SHAPES.get, args.shape):
         n_layers = min(args.layers or (shape.layers if cuda or shape.hidden < 1000 else 4), shape.layers)
         for ratio in args.ratio:
             for adjacent in (False, True) if ratio < 1 else (True,):
                 case = Selected.of(shape, n_layers, ratio, adjacent, getattr(torch, args.dtype))
-                rows = run(case, bandwidth, args.repeats)
-                print(case.name)
+                print(case.name, flush=True)
+                rows, path = write_each(name, run(case, bandwidth, args.repeats))
                 table(rows, ("rival", "median_ms", "gbps", "share", "ratio", "peak_mib", "launches", "note"))
-                path = write_rows(name, rows)
+                if "median_ms" not in rows[0]:
+                    lost.append(f"{case.name}: {rows[0]['rival']} {rows[0].get('note', 'has no time')}")
     print(path)
+    if lost:
+        raise SystemExit("\n".join(["no time of ours", *lost]))

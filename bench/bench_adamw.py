@@ -8,11 +8,14 @@ masked baseline is what users write today: the gradient times a mask, then torch
 attention weights (which also decays what is frozen). The dense baselines get one tensor of as many
 elements as are selected, which is the best that any optimizer could be given. Bytes are 3 times the
 weight's size (param read and written, grad read) plus twice the state that the optimizer holds.
+
+On a GPU there are also rows of kernels alone: GPU time without the host's (`bench.kernels`), of the step with one
+and two tiles a program, and of a captured graph of the whole step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -20,16 +23,21 @@ from torch import nn
 
 from alps_kernels.optim import HeadAdamW
 from alps_kernels.selection import BoundSelection
+from bench import timing
 from bench.attention import DEVICE, Selected, attention, bound_to, masks_of, sweep
 from bench.baselines import BASELINES, OPTIONS, baseline
 from bench.common import gate
 from bench.counting import state_bytes
+from bench.kernels import alone, captured, gpu_time, replay_time, with_tiles
 from bench.shapes import Shape
-from bench.timing import Timed, rows_of, time_each
+from bench.timing import Timed, timed_rows
 
 OURS = "HeadAdamW"
+ALONE = "kernels alone"  # what the names of those rows end in
+TILES = (1, 2)  # tiles that a program of the step takes, one after the other
 # The default first: split masters of 16-bit weights and float32 moments. float32 weights have no masters.
-PRECISIONS = ({}, {"master": "stochastic"}, {"master": None}, {"moment_dtype": torch.bfloat16}, {"moment_dtype": "8bit"})
+PRECISIONS = ({}, {"master": "stochastic"}, {"master": None}, {"moment_dtype": torch.bfloat16},
+              {"moment_dtype": "8bit"})
 
 
 def parity() -> None:
@@ -58,9 +66,9 @@ def ours(params: dict[str, nn.Parameter], bound: BoundSelection, **precision) ->
     return Timed(optimizer.step, lambda: moved(optimizer, bound.numel, params["0.q"].element_size()))
 
 
-def masked(params: dict[str, nn.Parameter], bound: BoundSelection, kind: str) -> Timed:
+def masked(params: dict[str, nn.Parameter], bound: BoundSelection, kind: str, **options) -> Timed:
     """The gradient times a mask, then torch's AdamW over all attention weights."""
-    optimizer = torch.optim.AdamW(params.values(), **OPTIONS, **{kind: True})
+    optimizer = torch.optim.AdamW(params.values(), **OPTIONS, **options, **{kind: True})
     masks = list(masks_of(params, bound).values())
 
     def call() -> None:
@@ -72,12 +80,72 @@ def masked(params: dict[str, nn.Parameter], bound: BoundSelection, kind: str) ->
     return Timed(call, lambda: moved(optimizer, total, size, 3 * size, "over all attention weights"))
 
 
+def flat_param(bound: BoundSelection, dtype: torch.dtype) -> nn.Parameter:
+    """One tensor of as many elements as are selected, with a gradient."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    flat = nn.Parameter((0.02 * torch.randn(bound.numel, generator=generator, device=DEVICE)).to(dtype))
+    flat.grad = (1e-3 * torch.randn(bound.numel, generator=generator, device=DEVICE)).to(dtype)
+    return flat
+
+
 def dense(name: str, bound: BoundSelection, dtype: torch.dtype) -> Timed:
     """A baseline on one tensor of as many elements as are selected."""
-    flat = nn.Parameter(torch.zeros(bound.numel, dtype=dtype, device=DEVICE))
-    flat.grad = torch.ones_like(flat)
+    flat = flat_param(bound, dtype)
     optimizer = baseline(name, [flat])
     return Timed(optimizer.step, lambda: moved(optimizer, flat.numel(), flat.element_size()))
+
+
+def ours_dense(bound: BoundSelection, dtype: torch.dtype) -> Timed:
+    """HeadAdamW on that tensor, which trains whole."""
+    flat = flat_param(bound, dtype)
+    optimizer = HeadAdamW([flat], **OPTIONS)
+    return Timed(optimizer.step, lambda: moved(optimizer, flat.numel(), flat.element_size()))
+
+
+def kernels_of(build: Callable[..., Timed], *arguments, **named) -> Timed:
+    """The Triton kernels of one of our steps, without the rest of it."""
+    whole = build(*arguments, **named)
+    return alone(whole.call, whole.facts)
+
+
+def retiled(tiles: int, params: dict[str, nn.Parameter], bound: BoundSelection) -> Timed:
+    """The step's kernel with this many tiles a program."""
+    whole = ours(params, bound)
+    return alone(whole.call, whole.facts, with_tiles(tiles))
+
+
+def in_graph(params: dict[str, nn.Parameter], bound: BoundSelection) -> Timed:
+    """A captured graph of the whole step, replayed: the device counts steps."""
+    optimizer = HeadAdamW(params.values(), heads=bound, capturable=True, **OPTIONS)
+    graph = captured(optimizer.step)
+
+    def facts() -> dict:  # which keeps the optimizer alive as long as the graph
+        row = moved(optimizer, bound.numel, params["0.q"].element_size())
+        return {**row, "note": f"{row['note']}, GPU time of a replay"}
+
+    return Timed(graph.replay, facts, replay_time)
+
+
+def fused_dense(bound: BoundSelection, dtype: torch.dtype) -> Timed:
+    """The GPU time of torch's fused AdamW on that tensor."""
+    flat = flat_param(bound, dtype)
+    optimizer = torch.optim.AdamW([flat], fused=True, capturable=True, **OPTIONS)
+    return Timed(optimizer.step, lambda: moved(optimizer, flat.numel(), flat.element_size()), gpu_time)
+
+
+def fused_masked(params: dict[str, nn.Parameter], bound: BoundSelection) -> Timed:
+    """The GPU time of the mask and torch's fused AdamW over all attention weights."""
+    whole = masked(params, bound, "fused", capturable=True)
+    return Timed(whole.call, whole.facts, gpu_time)
+
+
+def copies(bound: BoundSelection, dtype: torch.dtype) -> Timed:
+    """A copy that moves the bytes of our step, half read and half written."""
+    size = bound.numel * (26 if dtype.itemsize == 2 else 28) // 2
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return Timed(lambda: target.copy_(source), lambda: {"bytes": 2 * size, "note": "as many bytes as the step moves"},
+                 gpu_time)
 
 
 def moved(optimizer: torch.optim.Optimizer, numel: int, size: int, mask: int = 0, note: str = "") -> dict:
@@ -90,20 +158,43 @@ def moved(optimizer: torch.optim.Optimizer, numel: int, size: int, mask: int = 0
 
 def builders_of(params: dict[str, nn.Parameter], bound: BoundSelection,
                 dtype: torch.dtype) -> dict[str, Callable[[], Timed]]:
-    """Ours first, the default precision above all: every ratio refers to it."""
-    kinds = [kind for kind in PRECISIONS if dtype != torch.float32 or "master" not in kind]
-    builders = {f"{OURS} {describe(kind)}".strip(): partial(ours, params, bound, **kind) for kind in kinds}
-    builders |= {f"torch AdamW {kind} + mask": partial(masked, params, bound, kind) for kind in ("foreach", "fused")}
-    return builders | {f"{name}, dense": partial(dense, name, bound, dtype) for name in BASELINES}
+    """Ours in the default precision first: every ratio refers to it. Then what the targets are about, then the rest."""
+    kinds = {f"{OURS} {describe(kind)}".strip(): kind for kind in PRECISIONS
+             if dtype != torch.float32 or "master" not in kind}
+    builders: dict[str, Callable[[], Timed]] = {
+        name: partial(ours, params, bound, **kind) for name, kind in kinds.items()}
+    builders |= {f"torch AdamW {kind} + mask": partial(masked, params, bound, kind) for kind in ("fused", "foreach")}
+    builders |= {f"{OURS}, dense": partial(ours_dense, bound, dtype)}
+    builders |= {f"{name}, dense": partial(dense, name, bound, dtype) for name in BASELINES}
+    if not timing.CUDA:
+        return builders
+    first = {OURS: builders.pop(OURS), **kernel_builders(params, bound, dtype)}
+    first |= {name: builders.pop(name) for name in ("torch AdamW fused + mask", f"{OURS}, dense") if name in builders}
+    rest = {f"{name}, {ALONE}": partial(kernels_of, ours, params, bound, **kind)
+            for name, kind in kinds.items() if kind}
+    return first | builders | rest
+
+
+def kernel_builders(params: dict[str, nn.Parameter], bound: BoundSelection,
+                    dtype: torch.dtype) -> dict[str, Callable[[], Timed]]:
+    """GPU time without the host's, the most wanted first."""
+    builders = {
+        f"{OURS}, {ALONE}": partial(kernels_of, ours, params, bound),
+        "copy, dense": partial(copies, bound, dtype),
+        f"{OURS}, dense, {ALONE}": partial(kernels_of, ours_dense, bound, dtype),
+        f"torch AdamW fused, dense, {ALONE}": partial(fused_dense, bound, dtype),
+        f"torch AdamW fused + mask, {ALONE}": partial(fused_masked, params, bound),
+        f"{OURS}, captured graph": partial(in_graph, params, bound),
+    }
+    return builders | {f"{OURS}, TILES={n}, {ALONE}": partial(retiled, n, params, bound) for n in TILES}
 
 
 def describe(precision: dict) -> str:
     return ", ".join(f"{key}={str(value).removeprefix('torch.')}" for key, value in precision.items())
 
 
-def run(case: Selected, bandwidth: float, repeats: int) -> list[dict]:
-    timings = time_each(builders_of(case.params, case.bound, case.dtype), repeats)
-    return rows_of(case.name, timings, bandwidth)
+def run(case: Selected, bandwidth: float, repeats: int) -> Iterator[dict]:
+    return timed_rows(case.name, builders_of(case.params, case.bound, case.dtype), repeats, bandwidth)
 
 
 def main(argv: list[str] | None = None) -> None:

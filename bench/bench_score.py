@@ -3,20 +3,32 @@
     python -m bench.bench_score [--shape NAME ...] [--layers N]
 
 The released algorithm: softmax in float32, then SciPy's wasserstein_distance over the element's
-position in [0, 1], head after head. It runs on the CPU whatever the device.
+position in [0, 1], head after head. It runs on the CPU whatever the device. `score_heads` is the public
+function on two models in memory; the other rows are of the functions that it calls for each batch of layers.
+On a GPU there are also rows of kernels alone, without the host's time (`bench.kernels`).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 
 import torch
+from torch import nn
 
+from alps_kernels import score_heads
 from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
-from bench.common import copy_bandwidth, gate, measure, table, write_rows
+from bench import timing
+from bench.common import copy_bandwidth, gate, table, write_each
+from bench.kernels import alone
 from bench.shapes import SHAPES, Shape
+from bench.timing import Timed, row_of, timed
+
+ALL = [m for m in METRICS if m != "pad_values"]
 
 
 def layer_of(shape: Shape, device: str, dtype: torch.dtype, seed: int) -> tuple[Segment, Segment, Segment]:
@@ -31,67 +43,136 @@ def layer_of(shape: Shape, device: str, dtype: torch.dtype, seed: int) -> tuple[
     return tuple(segments)
 
 
+def models(shape: Shape, n_layers: int, device: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """A base and a task model 1e-3 away from it: attention of this shape, and next to nothing else."""
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(vocab_size=32, hidden_size=shape.hidden, intermediate_size=32, num_hidden_layers=n_layers,
+                         num_attention_heads=shape.heads, num_key_value_heads=shape.groups, head_dim=shape.head_dim)
+    torch.manual_seed(0)
+    with torch.device(device):
+        base = LlamaModel(config).to(dtype).eval()
+    task = copy.deepcopy(base)
+    with torch.no_grad():
+        for param in task.parameters():
+            param += 1e-3 * torch.randn_like(param)
+    return base, task
+
+
 def released(layer: tuple[Segment, ...], head: int) -> float:
     """The published scoring of one head, as its authors' code computes it, with the right k and v."""
     import numpy as np
     from scipy.stats import wasserstein_distance
 
-    p, q = (torch.softmax(torch.cat([getattr(s, side)[s.index[head]].flatten().float() for s in layer]), 0).cpu().numpy()
-            for side in ("base", "task"))
+    flat = (torch.cat([getattr(s, side)[s.index[head]].flatten().float() for s in layer]) for side in ("base", "task"))
+    p, q = (torch.softmax(weights, 0).cpu().numpy() for weights in flat)
     positions = np.arange(len(p)) / (len(p) - 1)
     return wasserstein_distance(positions, positions, p, q)
 
 
-def run(shape: Shape, n_layers: int, n_released: int = 3) -> list[dict]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    layers = [layer_of(shape, device, dtype, seed) for seed in range(n_layers)]
-    heads = n_layers * shape.heads
+def parity(shape: Shape, layer: tuple[Segment, ...], n_released: int) -> tuple[float | None, int]:
+    """Compare `pad` of one layer with the released definition, or with float64 where SciPy is not installed.
 
-    ours = head_delta(layers[:1], ["pad"])["pad"]
-    slow = None
+    Returns:
+        ms of the released algorithm for one head (None without SciPy), and for how many heads it was timed.
+    """
+    ours, slow = head_delta([layer], ["pad"])["pad"], None
     if find_spec("scipy"):
-        released(layers[0], 0)  # imports SciPy: not the algorithm's time
+        released(layer, 0)  # imports SciPy: not the algorithm's time
         start = time.perf_counter()
-        truth = [released(layers[0], h) for h in range(min(n_released, shape.heads))]
-        slow = (time.perf_counter() - start) * 1e3 / len(truth) * heads
+        truth = [released(layer, h) for h in range(min(n_released, shape.heads))]
+        slow = (time.perf_counter() - start) * 1e3 / len(truth)
         named, bound = "the released definition", 1e-3  # their softmax in float32 is itself off by up to 7e-4
     else:
-        wide = [tuple(Segment(s.base.double(), s.task.double(), s.index) for s in layers[0])]
+        wide = [tuple(Segment(s.base.double(), s.task.double(), s.index) for s in layer)]
         truth, named, bound = head_delta(wide, ["pad"])["pad"].tolist(), "float64", 1.5e-5
     worst = max(abs(float(ours[h]) / value - 1) for h, value in enumerate(truth))
     gate(f"pad against {named}, {shape.name}", worst < bound, f"largest relative difference {worst:.1e}")
+    return slow, len(truth)
 
-    stored = sum(side.numel() * side.element_size() for layer in layers for s in layer for side in (s.base, s.task))
+
+def builders_of(shape: Shape, n_layers: int, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Timed]]:
+    """The functions of `alps_kernels.ops` on one set of layers, the public function on one pair of models.
+
+    Each set is made when the first of its rows is built, and the layers go before the models are there.
+    """
+    made: dict[str, object] = {}
+
+    def layers() -> list:
+        if "layers" not in made:
+            made["layers"] = [layer_of(shape, device, dtype, seed) for seed in range(n_layers)]
+        return made["layers"]
+
+    def pair() -> tuple[nn.Module, nn.Module]:
+        if timing.CUDA:
+            made.pop("layers", None)
+        if "pair" not in made:
+            made["pair"] = models(shape, n_layers, device, dtype)
+        return made["pair"]
+
+    size = sum(n * shape.head_dim * shape.hidden for n in (shape.heads, shape.groups, shape.groups))
+    stored = 2 * n_layers * size * dtype.itemsize
+
+    def facts() -> dict:
+        return {"bytes": stored}
+
+    def op(function: Callable, metrics: list[str]) -> Timed:
+        given = layers()
+        return Timed(lambda: function(given, metrics), facts)
+
+    def public(**options) -> Timed:
+        base, task = pair()
+        return Timed(lambda: score_heads(base, task, **options), facts)
+
+    def kernels(function: Callable, metrics: list[str]) -> Timed:
+        return alone(op(function, metrics).call, facts)
+
+    calls = {"pad projection": (head_delta_projection, ["pad"]), "pad qkv": (head_delta, ["pad"]),
+             "all metrics qkv": (head_delta, ALL)}
+    builders: dict[str, Callable[[], Timed]] = {}
+    for name, call in calls.items():
+        builders[f"alps_kernels {name}"] = partial(op, *call)
+        if timing.CUDA:
+            builders[f"alps_kernels {name}, kernels alone"] = partial(kernels, *call)
+    return builders | {"score_heads, defaults": public, "score_heads, qkv": partial(public, representation="qkv")}
+
+
+def run(shape: Shape, n_layers: int, n_released: int = 3) -> Iterator[dict]:
+    """Rows of one shape, each as soon as it was measured."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    heads = n_layers * shape.heads
+    slow, n_timed = parity(shape, layer_of(shape, device, dtype, 0), n_released)
+    slow = slow and slow * heads
     bandwidth = copy_bandwidth()
-    case = f"{shape.name} q/k/v, {n_layers} of {shape.layers} layers, {heads} heads, {str(dtype).removeprefix('torch.')}"
-    rows = []
-    for name, call in (
-        ("alps_kernels pad qkv", lambda: head_delta(layers, ["pad"])),
-        ("alps_kernels pad projection", lambda: head_delta_projection(layers, ["pad"])),
-        ("alps_kernels all metrics qkv", lambda: head_delta(layers, [m for m in METRICS if m != "pad_values"])),
-    ):
-        took = measure(call, repeats=5, warmup=1)
-        gbps = stored / took["median_ms"] / 1e6
-        rows.append({"case": case, "rival": name, **took, "bytes": stored, "gbps": gbps, "copy_gbps": bandwidth,
-                     "share": gbps / bandwidth, "ratio": slow / took["median_ms"] if slow else None,
-                     "note": "bytes: one read of the weights; ratio: released / this"})
-    rows.append({"case": case, "rival": "released algorithm (scipy, CPU)", "median_ms": slow, "ratio": slow and 1.0,
-                 "note": f"{len(truth)} heads timed, times {heads}" if slow else "not run: scipy is not installed"})
-    return rows
+    case = f"{shape.name} q/k/v, {n_layers} of {shape.layers} layers, {heads} heads, {str(dtype)[6:]}"
+    for name, facts in timed(builders_of(shape, n_layers, device, dtype), repeats=5):
+        row = row_of(case, name, facts, bandwidth)
+        if "median_ms" in row:
+            row |= {"ratio": slow / row["median_ms"] if slow else None,
+                    "note": "bytes: one read of the weights; ratio: released / this"}
+        yield row
+    released_row = {"median_ms": slow, "ratio": 1.0, "note": f"{n_timed} heads timed, times {heads}"} if slow else {
+        "note": "not run: scipy is not installed"}
+    yield {"case": case, "rival": "released algorithm (scipy, CPU)", **released_row}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="*", choices=SHAPES, default=["SmolLM2-135M", "Llama-3.1-8B"])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--shape", nargs="*", choices=SHAPES, default=["Llama-3.1-8B", "SmolLM2-135M"] if cuda else [
+        "SmolLM2-135M", "Llama-3.1-8B"])
     parser.add_argument("--layers", type=int, help="default: all on a GPU, 3 on a CPU")
     options = parser.parse_args(argv)
-    rows = []
-    for name in options.shape:
-        shape = SHAPES[name]
-        rows += run(shape, options.layers or (shape.layers if torch.cuda.is_available() else min(3, shape.layers)))
-    table(rows)
-    print(write_rows("score", rows))
+    lost = []
+    for shape in map(SHAPES.get, options.shape):
+        n_layers = min(options.layers or (shape.layers if cuda else 3), shape.layers)
+        rows, path = write_each("score", run(shape, n_layers))
+        table(rows)
+        lost += [f"{row['rival']}: {row['note']}" for row in rows[:-1] if "median_ms" not in row]
+        print(path)
+    if lost:
+        raise SystemExit("\n".join(["no time of ours", *lost]))
 
 
 if __name__ == "__main__":

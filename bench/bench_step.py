@@ -13,10 +13,10 @@ from functools import partial
 
 import torch
 
-from bench.common import gate, table, write_rows
+from bench.common import gate, table, write_each
 from bench.counting import state_bytes
 from bench.finetune_methods import FINETUNE_METHODS, LORA, SLICED
-from bench.timing import Timed, Unavailable, rows_of, time_each
+from bench.timing import Timed, Unavailable, timed_rows
 from bench.workloads import WORKLOADS, Workload, prepared
 
 
@@ -61,12 +61,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     workload = WORKLOADS[args.case](args.layers or (16 if cuda else None), "cuda" if cuda else "cpu")
     parity(workload, args.ratio)
-    methods = [name for name in FINETUNE_METHODS if name != "frozen model"]
-    timings = time_each({name: partial(timed_step, workload, name, args.ratio) for name in methods}, args.repeats)
-    rows = rows_of(f"{workload.name}, {args.ratio:.0%} of heads", timings, against=LORA)
+    # The one that ratios refer to first, so that every row can be written at once.
+    methods = sorted((name for name in FINETUNE_METHODS if name != "frozen model"), key=lambda name: name != LORA)
+    builders = {name: partial(timed_step, workload, name, args.ratio) for name in methods}
     print(workload.name)
+    rows, path = write_each("step", timed_rows(f"{workload.name}, {args.ratio:.0%} of heads", builders, args.repeats))
     table(rows, ("rival", "median_ms", "p20_ms", "p80_ms", "ratio", "peak_mib", "launches", "note"))
-    print(write_rows("step", rows))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -122,6 +122,23 @@ def write_rows(name: str, rows: Sequence[dict], columns: Sequence[str] = COLUMNS
         for row in rows:
             writer.writerow({**known, "bench": name, **{k: _short(v) for k, v in row.items()}})
     return path
+
+
+def write_each(name: str, rows: Iterable[dict]) -> tuple[list[dict], Path]:
+    """Write and print every row as soon as it is there, so that a run that is stopped keeps those it has.
+
+    Returns:
+        The rows, and the file they are in.
+    """
+    kept, path = [], None
+    for row in rows:
+        path = write_rows(name, [row])
+        kept.append(row)
+        time_of = f"{row['median_ms']:.4g} ms" if "median_ms" in row else row.get("note", "")
+        print(f"  {row.get('rival', '')}: {time_of}", flush=True)
+    if path is None:
+        raise ValueError(f"the benchmark {name} has no row")
+    return kept, path
 
 
 def table(rows: Sequence[dict], columns: Sequence[str] = SHOWN) -> None:

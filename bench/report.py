@@ -24,6 +24,7 @@ MIB = 2**20
 CAPTIONS = {
     "adamw": "ms a step (time over HeadAdamW's; GB/s as a share of the copy bandwidth of the same run)",
     "grad_norm": "ms (time over head_grad_norm's; share of the copy bandwidth of the same run)",
+    "host": "ms until a call returns (time over that of reading the gradients)",
     "dw": "ms (time over head_grad's)",
     "score": "ms (time of the released algorithm over this; share of the copy bandwidth, one read of the weights "
              "counted)",

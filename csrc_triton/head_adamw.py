@@ -82,34 +82,58 @@ def _places(tile, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def _grad_factor(norm_ptr, scale_ptr, max_norm):
+    """What every gradient is multiplied by: 1 / grad_scale, and where norm > max_norm, max_norm / (norm + 1e-6)."""
+    factor = 1.0
+    if scale_ptr is not None:
+        factor = tl.div_rn(1.0, tl.load(scale_ptr))
+    if norm_ptr is not None:
+        clip = tl.div_rn(max_norm, tl.load(norm_ptr).to(tl.float32) + 1e-6)
+        factor *= tl.where(clip >= 1.0, 1.0, clip)  # a NaN stays one, as in torch.clamp
+    return factor
+
+
+@triton.jit
 def head_adamw_kernel(
-    tiles_ptr, pointers_ptr, hypers_ptr, control_ptr,
+    tiles_ptr, pointers_ptr, hypers_ptr, norm_ptr, scale_ptr, found_inf_ptr, max_norm,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, MASTER: tl.constexpr, AMSGRAD: tl.constexpr,
-    WEIGHT_COPY: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
+    WEIGHT_COPY: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr,
 ):
     """One AdamW step on the selected slices of many weights, in place.
 
-    Program w owns tile w of the work list: 8 GROUPS elements of one rectangle of one parameter,
-    row after row.
+    Program w owns TILES tiles of the work list, from tile w TILES on: each 8 GROUPS elements of one
+    rectangle of one parameter, row after row.
 
+        g <- g / grad_scale min(1, max_norm / (norm + 1e-6))
         m <- beta1 m + (1 - beta1) g ;  v <- beta2 v + (1 - beta2) g^2
         p <- p (1 - lr wd) - lr (m / c1) / (sqrt(v / c2) + eps)
 
     Shapes     tiles int64 [n_tiles, 14]; pointers int64 [n_params, 12]; hypers float32 [n, 9];
-               control float32 [2] (gradient factor, skip) or None
+               norm float64, grad_scale and found_inf float32: one number each, or None
     Dtypes     param, grad fp32/fp16/bf16; moments fp32, bf16, or 8-bit codes (MOMENT int8) with a
                float32 scale for each 64; low int16 (split) or param's (kahan); arithmetic fp32,
                every operation rounded; one rounding of each value, at its store
-    Scalars    all in the tables: no step recompiles
-    Untouched  elements outside the work list are neither read nor written
+    Scalars    max_norm; all others in the tables: no step recompiles
+    Untouched  elements outside the work list are neither read nor written; where found_inf is not
+               zero, no element is
     Bytes      per element: 2 of param, grad once, 2 of each moment: 22 for bf16 weights with fp32
                moments, 26 with MASTER "split" or "kahan", 28 for fp32; 14.25 for bf16 "split" with
                8-bit moments; WEIGHT_COPY: one more of param; and 112 of work list for each tile
     """
-    if control_ptr is not None:
-        if tl.load(control_ptr + 1) != 0.0:
+    if found_inf_ptr is not None:
+        if tl.load(found_inf_ptr) != 0.0:
             return
-    tile = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
+    factor = _grad_factor(norm_ptr, scale_ptr, max_norm)
+    for k in tl.static_range(TILES):
+        tile = tiles_ptr + (tl.program_id(0).to(tl.int64) * TILES + k) * TILE_FIELDS
+        _step_tile(tile, pointers_ptr, hypers_ptr, factor, PARAM, GRAD, MOMENT, MASTER, AMSGRAD, WEIGHT_COPY, ALIGNED, GROUPS)
+
+
+@triton.jit
+def _step_tile(
+    tile, pointers_ptr, hypers_ptr, factor, PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr,
+    MASTER: tl.constexpr, AMSGRAD: tl.constexpr, WEIGHT_COPY: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
+):
     pointers = pointers_ptr + tl.load(tile + TILE_PARAM) * POINTER_FIELDS
     hypers = hypers_ptr + (tl.load(pointers + POINTER_HYPER) + tl.load(tile + TILE_HYPER)) * HYPER_FIELDS
     row, col, lane, mask = _places(tile, ALIGNED, GROUPS)
@@ -141,9 +165,7 @@ def head_adamw_kernel(
         v_max_ptrs = _pointer(pointers, POINTER_MAX_EXP_AVG_SQ, MOMENT, ALIGNED) + (place + lane)
         v_max = tl.load(v_max_ptrs, mask=mask, other=0.0).to(tl.float32)
 
-    factor = tl.load(hypers + HYPER_SIGN)  # -1 to maximize
-    if control_ptr is not None:
-        factor *= tl.load(control_ptr)
+    factor *= tl.load(hypers + HYPER_SIGN)  # -1 to maximize
     master, m, v, v_max = adamw_step(
         master, g * factor, m, v, v_max, tl.load(hypers + HYPER_DECAY), tl.load(hypers + HYPER_WEIGHT1),
         tl.load(hypers + HYPER_BETA2), tl.load(hypers + HYPER_WEIGHT2), tl.load(hypers + HYPER_INV_ROOT2),
@@ -182,22 +204,27 @@ def head_adamw_kernel(
 
 @triton.jit
 def head_grad_norm_kernel(
-    tiles_ptr, pointers_ptr, partial_ptr,
-    GRAD: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
+    tiles_ptr, pointers_ptr, scale_ptr, partial_ptr,
+    GRAD: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr,
 ):
-    """The sum of squares of the gradient over each tile of the work list.
+    """The sum of squares of the unscaled gradient over each TILES tiles of the work list.
 
-    Program w owns tile w and writes partial[w] = sum g^2; the host adds the partial sums up in
-    float64, always in the same order.
+    Program w owns the tiles from w TILES on and writes partial[w] = sum (g / grad_scale)^2; the host
+    adds the partial sums up, always in the same order.
 
-    Shapes     tiles int64 [n_tiles, 14]; pointers int64 [n_params, 12]; partial float32 [n_tiles]
+    Shapes     tiles int64 [n_tiles, 14]; pointers int64 [n_params, 12]; grad_scale float32, one
+               number, or None; partial float64 [ceil(n_tiles / TILES)]
     Dtypes     grad fp32/fp16/bf16; arithmetic fp32
     Untouched  everything but partial; gradients outside the work list are not read
     Bytes      per element: grad once
     """
-    tile = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
-    row, col, lane, mask = _places(tile, ALIGNED, GROUPS)
-    g_ptrs = _pointer(pointers_ptr + tl.load(tile + TILE_PARAM) * POINTER_FIELDS, POINTER_GRAD, GRAD, ALIGNED) + (
-        _field(tile, TILE_G_OFF, ALIGNED) + row * _field(tile, TILE_G_STRIDE, ALIGNED) + col + lane)
-    g = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(g * g, 1), 0))
+    factor = _grad_factor(None, scale_ptr, 0.0)
+    total = tl.zeros([GROUPS, 8], tl.float32)
+    for k in tl.static_range(TILES):
+        tile = tiles_ptr + (tl.program_id(0).to(tl.int64) * TILES + k) * TILE_FIELDS
+        row, col, lane, mask = _places(tile, ALIGNED, GROUPS)
+        g_ptrs = _pointer(pointers_ptr + tl.load(tile + TILE_PARAM) * POINTER_FIELDS, POINTER_GRAD, GRAD, ALIGNED) + (
+            _field(tile, TILE_G_OFF, ALIGNED) + row * _field(tile, TILE_G_STRIDE, ALIGNED) + col + lane)
+        g = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32) * factor
+        total += g * g
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(total, 1), 0).to(tl.float64))

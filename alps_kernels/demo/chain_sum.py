@@ -71,8 +71,8 @@ def collate(tokenizer, items: Sequence[Any]) -> dict[str, Tensor]:
         prompt = tokenizer(item.prompt)["input_ids"] if item.prompt else []
         lead = " " if item.prompt else ""
         answer = tokenizer(lead + item.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        ids.append(torch.tensor(prompt + answer))
-        labels.append(torch.tensor([IGNORED] * len(prompt) + answer))
+        ids.append(torch.tensor(prompt + answer, device="cpu"))
+        labels.append(torch.tensor([IGNORED] * len(prompt) + answer, device="cpu"))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),

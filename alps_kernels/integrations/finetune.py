@@ -198,7 +198,8 @@ def _below(args: Any, folder: Path) -> Any:
 def _share(dataset: Any, share: float, seed: int) -> Any:
     """A seeded draw of the examples, at least one."""
     n = max(1, round(share * len(dataset)))
-    chosen = sorted(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:n].tolist())
+    draw = torch.Generator().manual_seed(seed)
+    chosen = sorted(torch.randperm(len(dataset), generator=draw, device="cpu")[:n].tolist())
     return dataset.select(chosen) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, chosen)
 
 

@@ -1,13 +1,13 @@
 """One function per kernel: check input, build tables, launch; CPU backend, oracle. Imports: tensors, csrc_triton."""
 
 from .adamw import (
-    Block, HyperRow, HyperTable, Launches, ParamUpdate, decode8, encode8, encode8_stochastically, head_adamw_,
-    head_grad_norm, hyper_rows_on_device, join_master, n_scales,
+    Block, DeviceHypers, GradControl, HyperRow, HyperTable, Launches, ParamUpdate, decode8, encode8,
+    encode8_stochastically, head_adamw_, head_grad_norm, join_master, n_scales,
 )
 from .delta import METRICS, Segment, head_delta, head_delta_projection
 
 __all__ = [
-    "Block", "HyperRow", "HyperTable", "Launches", "METRICS", "ParamUpdate", "Segment", "decode8", "encode8",
-    "encode8_stochastically", "head_adamw_", "head_delta", "head_delta_projection", "head_grad_norm",
-    "hyper_rows_on_device", "join_master", "n_scales",
+    "Block", "DeviceHypers", "GradControl", "HyperRow", "HyperTable", "Launches", "METRICS", "ParamUpdate", "Segment",
+    "decode8", "encode8", "encode8_stochastically", "head_adamw_", "head_delta", "head_delta_projection",
+    "head_grad_norm", "join_master", "n_scales",
 ]

@@ -1,4 +1,4 @@
-"""Load device code, make a device current, name dtypes as Triton does."""
+"""Load device code, and all that the package asks of a device: streams, captures, pinned memory; Triton's names."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-ABI = 3  # of csrc_triton, as this package calls it
+ABI = 4  # of csrc_triton, as this package calls it
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what Triton calls: a tenth of the public one's time
 
 
 def device_code(module: str) -> ModuleType:
@@ -25,9 +27,50 @@ def device_code(module: str) -> ModuleType:
     return import_module(f"csrc_triton.{module}")
 
 
+def runs_kernels(tensor: Tensor) -> bool:
+    """Triton's kernels run where it is."""
+    return tensor.is_cuda
+
+
+def has_streams(device: torch.device) -> bool:
+    """Work is queued on streams there, which the host does not wait for."""
+    return device.type == "cuda"
+
+
 def on_device(device: torch.device) -> AbstractContextManager:
     """Launches go to the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if has_streams(device) else nullcontext()
+
+
+def capturing(device: torch.device) -> bool:
+    """The current stream of the current device records a CUDA graph: nothing runs now."""
+    return has_streams(device) and torch.cuda.is_current_stream_capturing()
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the current stream, 0 where there are none."""
+    if not has_streams(device):
+        return 0
+    return _raw_stream(device.index) if _raw_stream is not None else torch.cuda.current_stream(device).cuda_stream
+
+
+def pinned_bytes(size: int, device: torch.device) -> Tensor:
+    """Memory of the host from which copies to `device` need not wait; uint8 [size]."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=has_streams(device))
+
+
+def send(pinned: Tensor, there: Tensor) -> None:
+    """Copy to the device in the order of the current stream; the host does not wait."""
+    there.copy_(pinned, non_blocking=True)
+
+
+def new_event(device: torch.device) -> torch.cuda.Event | None:
+    return torch.cuda.Event() if has_streams(device) else None
+
+
+def keep_for_current_stream(tensor: Tensor) -> None:
+    """Its memory is not given away before what the current stream does now is done."""
+    tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def triton_type(dtype: torch.dtype):

@@ -11,12 +11,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops import Launches, head_adamw_
 from ..selection import BoundSelection
-from ..tensors import check_type
+from ..tensors import check_type, sync_after_step
 from .first_steps import FirstStepChecks
 from .groups import make_slots, regrown, replaced
 from .state import Slot
 from .state_dict import all_or_nothing, dense_state, read_saved, saved_state
 from .step_cache import StepCache
+from .step_hooks import check_capture, is_watched
+from .watched_state import StateTable
 
 
 class HeadAdamW(torch.optim.Optimizer):
@@ -84,7 +86,7 @@ class HeadAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         # torch itself says what is wrong with its arguments, and what their defaults are.
-        plain = torch.optim.AdamW([torch.zeros(1)], lr, betas, eps, weight_decay, amsgrad, maximize=maximize,
+        plain = torch.optim.AdamW([torch.zeros(1, dtype=torch.float32, device="cpu")], lr, betas, eps, weight_decay, amsgrad, maximize=maximize,
                                   foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused)
         if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0
                                               and not isinstance(max_grad_norm, bool)):
@@ -95,6 +97,7 @@ class HeadAdamW(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         self._launches, self._cache = Launches(), None  # tables and arguments of the last step, for the next
         super().__init__(params, {**plain.defaults, "master": master, "moment_dtype": moment_dtype})
+        self.state = StateTable.of(self.state)
         self._train(heads, make_slots(self.param_groups, heads))
         self._first_steps: FirstStepChecks | None = FirstStepChecks(self._slots.values())
 
@@ -143,8 +146,6 @@ class HeadAdamW(torch.optim.Optimizer):
             kept = {param: slot for param, slot in self._slots.items() if param not in gone}
             self._train(heads, {**make_slots(self.param_groups, heads), **kept})
 
-    @torch._disable_dynamo  # a compiled training step breaks its graph here, as at steps of torch's own optimizers
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient. Checks everything before the first write.
 
@@ -159,14 +160,21 @@ class HeadAdamW(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse.
             ValueError: a gradient or a state does not fit its parameter; it names it.
         """
-        # torch renamed its check of capturable groups under graph capture
-        name = "_accelerator_graph_capture_health_check"
-        getattr(self, name if hasattr(self, name) else "_cuda_graph_capture_health_check")()
+        if torch.compiler.is_compiling() or is_watched(self):
+            return self._hooked_step(*(() if closure is None else (closure,)))
+        loss = self._step(closure)
+        sync_after_step(self)
+        return loss
+
+    step.hooked = True  # torch wraps it else, at 7 us a step
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        cache = self._ready()
+        cache = self._warm() or self._cold()
         try:
             if self._first_steps is not None and not self._first_steps.before_step(
                     self.param_groups, self.state, bool(cache.updates)):
@@ -176,16 +184,23 @@ class HeadAdamW(torch.optim.Optimizer):
             cache.release()  # so that `zero_grad` frees their memory
         return loss
 
-    def _ready(self) -> StepCache:
-        """What the step takes, checked: that of the last step where it is still valid."""
+    # Within a compiled function the graph breaks here, as at steps of torch's own optimizers.
+    _hooked_step = torch._disable_dynamo(torch.optim.Optimizer.profile_hook_step(_step))
+
+    def _warm(self) -> StepCache | None:
+        """What the last step took, where it is still valid."""
         kept = self._cache
-        if (kept is not None and (grads := kept.hold(self.param_groups, self.state)) is not None
-                and (moved := kept.moved(grads)) is not None):
-            if moved:
-                self._launches.moved(kept.pointers[1])
-            if self._launches.outdated:
-                kept.take(grads)
-            return kept
+        if kept is None or (grads := kept.hold(self.param_groups, self.state)) is None:
+            return None
+        if kept.moved(grads):
+            self._launches.moved(kept.pointers[1])
+        if self._launches.outdated:
+            kept.take(grads)
+        return kept
+
+    @torch.no_grad()
+    def _cold(self) -> StepCache:
+        """What the step takes, checked."""
         self._follow()
         cache = StepCache(self.param_groups, self._slots, self.state)
         self._cache = None
@@ -200,33 +215,20 @@ class HeadAdamW(torch.optim.Optimizer):
             found_inf = None  # else it stays on the device, and decides there
         if not (updates := cache.updates):
             return
-        control = self._control(cache, found_inf)
         try:
             if cache is not self._cache:
                 cache.settle(self.param_groups, self.state)
                 self._cache = cache
-            head_adamw_(updates, cache.hypers(), control=control, seed=self.seed, launches=self._launches,
-                        backend=self._backend)
+            how = {"seed": self.seed, "launches": self._launches, "backend": self._backend}
+            hypers = cache.hypers()
+            control = cache.control(hypers, getattr(self, "grad_scale", None), found_inf, self.max_grad_norm, **how)
+            self.grad_norm = self.grad_norm if control.norm is None else control.norm
+            head_adamw_(updates, hypers, control=control, **how)
         except BaseException:  # an interrupt too
             self._cache = None
             cache.undo(self.state)
             raise
         cache.count(found_inf, self._launches.plain)
-
-    def _control(self, cache: StepCache, found_inf: Tensor | None) -> Tensor | None:
-        """[2] float32: the factor of every gradient (unscaling times clipping), and whether to skip."""
-        scale = getattr(self, "grad_scale", None)
-        if scale is None and found_inf is None and self.max_grad_norm is None:
-            return None
-        device = cache.updates[0].param.device
-        factor = torch.ones((), dtype=torch.float64, device=device)
-        if scale is not None:
-            factor = factor / torch.as_tensor(scale, device=device).double().reshape(())
-        if self.max_grad_norm is not None:
-            self.grad_norm = cache.grad_norm(self.seed, self._launches, self._backend).to(device) * factor
-            factor = factor * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        skip = torch.zeros_like(factor) if found_inf is None else found_inf.to(factor).reshape(())
-        return torch.stack([factor, skip]).float()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and under "alps" what trains, so that it is refused where it does not fit.
@@ -274,6 +276,7 @@ class HeadAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.state = StateTable.of(self.state)
         self.__dict__.setdefault("_first_steps", None)
         self._launches, self._cache = self.__dict__.get("_launches", Launches()).for_others(), None
         for group in self.param_groups:

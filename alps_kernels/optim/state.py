@@ -138,8 +138,9 @@ class Slot:
             at += last - first
         return pieces
 
-    def update(self, state: Mapping[str, Tensor], amsgrad: bool) -> ParamUpdate:
+    def update(self, state: Mapping[str, Tensor], amsgrad: bool, capturable: bool = False) -> ParamUpdate:
         """What the op takes of the parameter in a step."""
+        on_device = state["step"].device.type != "cpu" or (capturable and self.param.device.type == "cpu")
         n_rows, synced = state["step"].numel(), None if self.slice_ranges is None else synced_slice_of(self.param)
         weight_copy = synced.weight if synced is not None and synced.writable(self.param) else None
         return ParamUpdate(
@@ -147,7 +148,7 @@ class Slot:
             None if self.part.full and n_rows == 1 and self.slice_ranges is None else self.blocks,
             state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if amsgrad else None,
             state[self.low_key] if self.low_key else None, self.master, self.stream, n_rows=n_rows,
-            counts_on_device=state["step"].device.type != "cpu", weight_copy=weight_copy,
+            counts_on_device=on_device, weight_copy=weight_copy,
             scales=(state["exp_avg" + SCALE], state["exp_avg_sq" + SCALE]) if self.moment_dtype == EIGHT else None)
 
     def decoded(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

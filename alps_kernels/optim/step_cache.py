@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import HyperRow, HyperTable, Launches, ParamUpdate, head_grad_norm, hyper_rows_on_device
+from ..ops import DeviceHypers, GradControl, HyperRow, HyperTable, Launches, ParamUpdate, head_grad_norm
 from ..tensors import sum_of_squares, synced_slice_of
 from .state import Slot, check_grad, check_state
+from .watched_state import ParamState, StateTable
 
 try:  # what guards compiled code looks at every tensor in C++, at 45 ns each
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:  # private to torch: it may go
     TensorGuards = None
 
-GRAD = attrgetter("grad")
-
-
-class ParamState(dict):
-    """The state of one parameter. That an entry of any was replaced shows in `ParamState.changes`."""
-
-    __slots__ = ()
-    changes = 0
-
-    def __reduce__(self) -> tuple:
-        return dict, (dict(self),)  # copies and files hold plain dicts
-
-
-def _watched(name: str):
-    method = getattr(dict, name)
-
-    def change(self, *args, **kwargs):
-        ParamState.changes += 1
-        return method(self, *args, **kwargs)
-
-    change.__name__ = name
-    return change
-
-
-for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
-    setattr(ParamState, _name, _watched(_name))
+ADDRESS = Tensor.data_ptr
+NOTHING = GradControl()  # gradients are taken as they are
 
 
 class StepCache:
@@ -76,7 +53,7 @@ class StepCache:
                     entry = slot.new_state(amsgrad=group["amsgrad"], device_step=group["capturable"])
                     self.fresh.append(param)
                 check_state(slot, entry, group["amsgrad"])
-                updates.append(slot.update(entry, group["amsgrad"]))
+                updates.append(slot.update(entry, group["amsgrad"], group["capturable"]))
                 self.states.append(entry if type(entry) is ParamState else ParamState(entry))
                 of_groups.append(group)
         self.params = [update.owner for update in updates]
@@ -87,18 +64,19 @@ class StepCache:
         self.held = True  # the updates hold gradients
         self.counts: Tensor | None = None  # of the host, one after the other
         self.version: int | None = None
-        self.known: tuple = ()
+        self.known: tuple = (None, None, [])
         self.aged: list[tuple[dict[str, Any], float]] = []  # group and steps taken of every row of hyperparameters
-        self.on_device: dict[tuple, tuple] = {}  # by group and device: the group, and the step counts of parameters
+        self.on_device: list[tuple] = []  # group and states, group by group and device by device
+        self.device_hypers: list[DeviceHypers] = []  # of them
         self._assign_rows(of_groups)
 
     def _assign_rows(self, groups: Sequence[dict[str, Any]]) -> None:
         """Give every parameter its rows of hyperparameters: on the host those of one group and age share theirs."""
         ages: dict[tuple, int] = {}
+        on_device: dict[tuple, list[tuple]] = defaultdict(list)
         for update, state, group in zip(self.updates, self.states, groups, strict=True):
             if update.counts_on_device:
-                _, members = self.on_device.setdefault((update.param.device, id(group)), (group, []))
-                members.append((state["step"], update))
+                on_device[update.param.device, id(group)].append((group, state, update))
                 continue
             key = id(group), *state["step"].reshape(-1).tolist()
             if key not in ages:
@@ -106,55 +84,50 @@ class StepCache:
                 self.aged += [(group, age) for age in key[1:]]
             update.row = ages[key]
         at: dict[torch.device, int] = {}
-        for (device, _), (_, members) in self.on_device.items():
-            for _, update in members:
+        for (device, _), members in on_device.items():
+            self.on_device.append((members[0][0], [state for _, state, _ in members]))
+            for *_, update in members:
                 update.row = at.get(device, 0)
                 at[device] = update.row + update.n_rows
 
-    def settle(self, groups: Sequence[Mapping], state: dict[Tensor, dict]) -> None:
-        """The states are the optimizer's from now on; counts of the host become views of one tensor."""
+    def settle(self, groups: Sequence[Mapping], state: StateTable) -> None:
+        """The states are the optimizer's from now on; counts of one place become views of one tensor."""
         for param, entry in zip(self.params, self.states, strict=True):
             state[param] = entry
         host = [s for s, update in zip(self.states, self.updates, strict=True) if not update.counts_on_device]
         if host:
-            steps = [s["step"] for s in host]
-            self.counts, at = torch.cat([step.reshape(-1) for step in steps]), 0
-            for entry, step in zip(host, steps, strict=True):
-                entry["step"] = self.counts[at:at + step.numel()].view(step.shape)
-                at += step.numel()
+            self.counts = _joined(host)
             self.version = self.counts._version
+        self.device_hypers = [DeviceHypers(group, _joined(members)) for group, members in self.on_device]
         for entry, update in zip(self.states, self.updates, strict=True):
             update.step = entry["step"]
-        if not any(update.sharded for update in self.updates):  # of shards more may change than is looked at
-            self.known = ParamState.changes, list(state.values()), [p for g in groups for p in g["params"]], [
-                g["amsgrad"] for g in groups]
+        if type(state) is StateTable and not any(update.sharded for update in self.updates):
+            # of shards more may change than is looked at
+            self.known = ParamState.changes, state, [(list(g["params"]), g["amsgrad"]) for g in groups]
 
     def hold(self, groups: Sequence[Mapping], state: Mapping[Tensor, dict]) -> list[Tensor] | None:
         """The gradients of these parameters, where nothing but their place in memory can have changed."""
-        if not self.known:
-            return None
-        changes, entries, params, amsgrad = self.known
-        if (changes != ParamState.changes or len(state) != len(entries) or not all(map(is_, entries, state.values()))
-                or sum([len(g["params"]) for g in groups]) != len(params)
-                or not all(map(is_, params, chain.from_iterable([g["params"] for g in groups])))
-                or [g["amsgrad"] for g in groups] != amsgrad
+        changes, table, listed = self.known
+        if (changes != ParamState.changes or table is not state or len(listed) != len(groups)
                 or (self.counts is not None and self.counts._version != self.version)):
             return None
-        grads = list(map(GRAD, self.params))
-        if not self.shape_of_grads.same(grads) or any(p.grad is not None for p in self.absent):
+        for group, (params, amsgrad) in zip(groups, listed, strict=True):
+            now = group["params"]
+            if len(now) != len(params) or not all(map(is_, now, params)) or group["amsgrad"] != amsgrad:
+                return None
+        grads = [p.grad for p in self.params]
+        if not self.shape_of_grads.same(grads) or (self.absent and any([p.grad is not None for p in self.absent])):
             return None
         for synced, update in self.copies:
             if synced.weight is not update.weight_copy or not synced.writable(update.param):
                 return None
-        return grads
+        return grads if list(map(ADDRESS, self.fixed)) == self.pointers[0] else None
 
-    def moved(self, grads: Sequence[Tensor]) -> bool | None:
-        """A gradient lies elsewhere than at the last step; None: a parameter does."""
-        fixed, of_grads = self.pointers
-        if list(map(Tensor.data_ptr, self.fixed)) != fixed:
-            return None
-        now = list(map(Tensor.data_ptr, grads))
-        if now == of_grads:
+    def moved(self, grads: Sequence[Tensor]) -> bool:
+        """A gradient lies elsewhere than at the last step."""
+        fixed, before = self.pointers
+        now = list(map(ADDRESS, grads))
+        if now == before:
             return False
         self.pointers = fixed, now
         return True
@@ -174,22 +147,32 @@ class StepCache:
     def hypers(self) -> HyperTable:
         """Of the step to come."""
         tables: dict[torch.device, list[Tensor]] = {}
-        for (device, _), (group, members) in self.on_device.items():
-            steps = torch.cat([step.reshape(-1) for step, _ in members]).double() + 1
-            tables.setdefault(device, []).append(hyper_rows_on_device(group, steps))
+        for hypers in self.device_hypers:
+            tables.setdefault(hypers.counts.device, []).append(hypers.rows())
         return HyperTable([HyperRow.of(group, age + 1) for group, age in self.aged],
-                          {device: torch.cat(rows) for device, rows in tables.items()})
+                          {device: rows[0] if len(rows) == 1 else torch.cat(rows) for device, rows in tables.items()})
 
-    def grad_norm(self, seed: int, launches: Launches, backend: str | None) -> Tensor:
-        """The l2 norm of the gradients of what trains, over the shards of all ranks."""
+    def control(self, hypers: HyperTable, grad_scale: Tensor | float | None, found_inf: Tensor | None,
+                max_norm: float | None, **how: Any) -> GradControl:
+        """How gradients are unscaled and clipped; `how`: what `head_grad_norm` takes too."""
+        if grad_scale is not None and not isinstance(grad_scale, Tensor):
+            grad_scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=self.updates[0].param.device)
+        if max_norm is not None:
+            return GradControl(grad_scale, self.grad_norm(hypers, grad_scale, **how), max_norm, found_inf)
+        return NOTHING if grad_scale is None and found_inf is None else GradControl(grad_scale, found_inf=found_inf)
+
+    def grad_norm(self, hypers: HyperTable, grad_scale: Tensor | None, seed: int, launches: Launches,
+                  backend: str | None) -> Tensor:
+        """The l2 norm of the unscaled gradients of what trains, over the shards of all ranks; `hypers` of this step."""
         updates = self.updates
+        options = {"grad_scale": grad_scale, "seed": seed, "backend": backend}
         if not any([update.sharded for update in updates]):
-            return head_grad_norm(updates, seed=seed, launches=launches, backend=backend)
+            return head_grad_norm(updates, hypers, launches=launches, **options)
 
         def square(members: list[int]) -> Tensor:
-            every = len(members) == len(updates)
-            return head_grad_norm(updates if every else [updates[i] for i in members], seed=seed,
-                                  launches=launches if every else None, backend=backend).square()
+            if len(members) == len(updates):
+                return head_grad_norm(updates, hypers, launches=launches, **options).square()
+            return head_grad_norm([updates[i] for i in members], **options).square()
 
         return sum_of_squares(self.params, square).sqrt()
 
@@ -200,15 +183,20 @@ class StepCache:
             found_inf: where all count on their device, whether it was not.
             plain: those whose count was advanced with their weights.
         """
-        if not plain and self.counts is not None and not self.on_device:
-            self.counts += 1
+        if not plain:
+            if self.counts is not None:
+                self.counts += 1
+            for hypers in self.device_hypers:
+                hypers.counts += 1 if found_inf is None else (found_inf == 0).to(hypers.counts).reshape(())
         elif len(plain) < len(self.updates):
             done = set(map(id, plain))
             steps = [update.step for update in self.updates if id(update) not in done]
             torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]).reshape(()))
         for synced, update in self.copies:
             synced.written(update.param)
-        self.aged, self.fresh = [(group, age + 1) for group, age in self.aged], []
+        self.aged = [(group, age + 1) for group, age in self.aged]
+        if self.fresh:
+            self.fresh = []
         if self.counts is not None:  # last: an interrupt on the way here makes the next step look at everything
             self.version = self.counts._version
 
@@ -217,6 +205,16 @@ class StepCache:
         for param in self.fresh:
             if param in state and not state[param]["step"].any():
                 del state[param]
+
+
+def _joined(states: Sequence[ParamState]) -> Tensor:
+    """The step counts of states, which become views of it."""
+    steps = [state["step"] for state in states]
+    counts, at = torch.cat([step.reshape(-1) for step in steps]), 0
+    for state, step in zip(states, steps, strict=True):
+        state["step"] = counts[at:at + step.numel()].view(step.shape)
+        at += step.numel()
+    return counts
 
 
 class _Likeness:

@@ -89,7 +89,7 @@ def export_lora(patch: PatchLike, base: nn.Module | str | os.PathLike, folder: s
         tensors[f"base_model.model.{name}.lora_A.weight"] = a
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
         if biases:
-            bias = torch.zeros(b.shape[0])
+            bias = b.new_zeros(b.shape[0])
             if name in biases:
                 patch.cuts[biases[name]].put(_delta(patch, weights, biases[name]), bias)
             tensors[f"base_model.model.{name}.lora_B.bias"] = bias
@@ -179,12 +179,13 @@ def _factors(patch: HeadPatch, weights: Weights, key: str, rank: int | None) -> 
     delta = _delta(patch, weights, key)
     if not bool(delta.isfinite().all()):
         raise ValueError(f"{key}: the patch or its base holds values that are not finite")
-    places = torch.cat([torch.arange(start, stop) for start, stop in cut.ranges])
+    places = torch.cat([torch.arange(start, stop, device="cpu") for start, stop in cut.ranges])
     length = cut.matrix[cut.dim]
     rows = delta if cut.dim == 0 else delta.t()  # [selected, other axis]
     exact = min(rows.shape)
     if rank is None or rank >= exact:
-        near, far = (torch.eye(len(rows)), rows) if len(rows) <= rows.shape[1] else (rows, torch.eye(rows.shape[1]))
+        one = torch.eye(exact, dtype=torch.float32, device="cpu")
+        near, far = (one, rows) if len(rows) == exact else (rows, one)
         made = LoraModule(exact, True, 0.0)
     else:
         u, s, v = torch.linalg.svd(rows.double(), full_matrices=False)
@@ -193,7 +194,7 @@ def _factors(patch: HeadPatch, weights: Weights, key: str, rank: int | None) -> 
         norm = s.norm().item()
         left = (rows.double() - near.double() @ far.double()).norm().item()
         made = LoraModule(rank, False, left / norm if norm else 0.0)
-    spread = torch.zeros(length, near.shape[1]).index_copy_(0, places, near.contiguous())
+    spread = near.new_zeros(length, near.shape[1]).index_copy_(0, places, near.contiguous())
     return (spread, far, made) if cut.dim == 0 else (far.t(), spread.t(), made)
 
 

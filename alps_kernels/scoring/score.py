@@ -170,7 +170,7 @@ def _checked(metric: str | Sequence[str], representation: str, temperature: floa
 
 def _device(device: str | torch.device) -> torch.device:
     try:
-        return torch.empty(0, device=device).device
+        return torch.empty(0, dtype=torch.float32, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any of them, by its build
         said = (str(error).splitlines() or ["it is not known"])[0]
         raise ValueError(f"cannot compute on device {device!r}: {said}") from error

@@ -110,7 +110,7 @@ class HeadScores:
     def matrix(self) -> Tensor:
         """float64 [layers of the model, most heads of a layer], NaN where there is no score."""
         shape = len(self.heads_per_layer), max(self.heads_per_layer, default=0)
-        grid = torch.full(shape, math.nan, dtype=torch.float64)
+        grid = torch.full(shape, math.nan, dtype=torch.float64, device="cpu")
         for layer, scores in self.by_layer().items():
             grid[layer, :len(scores)] = scores
         return grid
@@ -233,7 +233,7 @@ class HeadScores:
             lines.append(f"{rank:6d} {layer:6d} {head:5d}  {self[layer, head]:<16.9g} {module}".rstrip())
         if len(self) > SHOWN:
             lines.append(f"{'...':>6} {len(self) - SHOWN} more")
-        levels = torch.quantile(self.tensor, torch.tensor([1.0, 0.9, 0.5, 0.1, 0.0], dtype=torch.float64)).tolist()
+        levels = torch.quantile(self.tensor, self.tensor.new_tensor([1.0, 0.9, 0.5, 0.1, 0.0])).tolist()
         names = ("max", "90 %", "median", "10 %", "min")
         lines.append("spread: " + ", ".join(f"{name} {level:.4g}" for name, level in zip(names, levels, strict=True)))
         return "\n".join(lines)

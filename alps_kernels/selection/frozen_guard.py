@@ -226,7 +226,7 @@ class Guard:
 def _keys(n: int, device: torch.device) -> Tensor:
     """n odd numbers of 64 random bits; always the same ones, so that digests compare."""
     draw = torch.Generator().manual_seed(0x616C7073)
-    high, low = torch.randint(-2**31, 2**31, (n, 2), generator=draw).unbind(1)
+    high, low = torch.randint(-2**31, 2**31, (n, 2), generator=draw, device="cpu").unbind(1)
     return ((high << 32) + (low & 0xFFFFFFFF) | 1).to(device)
 
 

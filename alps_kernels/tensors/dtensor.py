@@ -48,7 +48,7 @@ def placed_like(param: Tensor, held: Tensor, shape: Sequence[int] | None = None)
         return held
     from torch.distributed.tensor import DTensor
 
-    whole = torch.empty(param.shape if shape is None else tuple(shape), device="meta")
+    whole = torch.empty(param.shape if shape is None else tuple(shape), dtype=held.dtype, device="meta")
     return DTensor.from_local(held, param.device_mesh, param.placements, run_check=False,
                               shape=whole.shape, stride=whole.stride())
 
@@ -82,6 +82,7 @@ def sum_bytes_(whole: Tensor, param: Tensor) -> Tensor:
     return whole
 
 
+@torch.no_grad()
 def sum_of_squares(params: Sequence[Tensor], square: Callable[[list[int]], Tensor]) -> Tensor:
     """A sum over all elements of parameters, each shard counted once: the same bits on every rank.
 

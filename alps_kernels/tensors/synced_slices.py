@@ -227,7 +227,7 @@ def _found(table: dict, param: Tensor) -> SyncedSlice | None:
     return entry[1]() if entry is not None and entry[0]() is param else None
 
 
-def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+def sync_after_step(optimizer: torch.optim.Optimizer, args: tuple = (), kwargs: dict | None = None) -> None:
     """Weights follow their leaves right after a step of any optimizer, so that every reader sees them."""
     if not _BY_LEAF or torch.compiler.is_compiling():
         return
@@ -237,4 +237,4 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
                 synced.stepped(param)
 
 
-register_optimizer_step_post_hook(_after_step)
+STEP_HOOK = register_optimizer_step_post_hook(sync_after_step)

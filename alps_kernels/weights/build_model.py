@@ -24,7 +24,7 @@ def skeleton(config: Any, path: Path) -> nn.Module:
 
 
 def load_whole(path: Path, described: nn.Module, params: Iterable[str]) -> nn.Module:
-    """The model of a checkpoint folder as transformers loads it, converting what has to be.
+    """The model of a checkpoint folder on the CPU, as transformers loads it, converting what has to be.
 
     Args:
         described: the model on the meta device.
@@ -33,7 +33,7 @@ def load_whole(path: Path, described: nn.Module, params: Iterable[str]) -> nn.Mo
     if not path.is_dir():
         raise ValueError(f"{path} has to be converted while loading, which works for folders only; "
                          "load the model and give that instead")
-    with _one_line(f"{path}: transformers cannot load this checkpoint"):
+    with _one_line(f"{path}: transformers cannot load this checkpoint"), torch.device("cpu"):
         model, report = type(described).from_pretrained(path, config=described.config, dtype="auto",
                                                         output_loading_info=True)
     if lost := sorted(set(params) & set(report["missing_keys"])):
@@ -42,11 +42,11 @@ def load_whole(path: Path, described: nn.Module, params: Iterable[str]) -> nn.Mo
 
 
 def load_gguf(file: Path) -> nn.Module:
-    """The model of a GGUF file, dequantised to float32."""
+    """The model of a GGUF file on the CPU, dequantised to float32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import GgufConfig
 
-    with _one_line(f"{file}: transformers cannot load this GGUF"):
+    with _one_line(f"{file}: transformers cannot load this GGUF"), torch.device("cpu"):
         return AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
 

@@ -1,48 +1,15 @@
-"""The benchmarks' own machinery: rows, gate, stages with time limits, the report from rows alone."""
+"""The benchmarks' own machinery: rows, gate, the report from rows alone; test_gpu_run.py: that of `make gpu`."""
 
 import csv
-import sys
-import time
 
 import pytest
 import torch
 
 from bench import (
-    __main__ as bench_main, attention, baselines, bench_adamw, bench_dw, bench_grad_norm, common, gpu, predictions,
-    report, timing,
+    __main__ as bench_main, attention, baselines, bench_adamw, bench_dw, bench_grad_norm, common, h100,
+    predicted_step, predictions, report, timing,
 )
 from bench.shapes import RATIOS, SHAPES, Shape, heads_of
-from tests import compat
-
-
-def stage(name, code, limit=30.0):
-    return gpu.Stage(name, (sys.executable, "-c", code), limit)
-
-
-def test_a_stage_that_fails_or_hangs_is_recorded_and_the_next_one_runs(tmp_path):
-    hangs = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    start = time.perf_counter()
-    ends = gpu.run_all((stage("good", "print('hello')"), stage("bad", "raise SystemExit(3)"), stage("hangs", hangs, 5.5),
-                        gpu.Stage("absent", ("no-such-tool",), 5.0), stage("last", "print('the end')")), tmp_path)
-    assert time.perf_counter() - start < 40
-    assert ends["good"].startswith("passed") and ends["last"].startswith("passed")
-    assert "exit code 3" in ends["bad"] and "stopped after" in ends["hangs"] and "not installed" in ends["absent"]
-    assert "hello" in (tmp_path / "gpu-run.log").read_text() and "the end" in (tmp_path / "gpu-run.log").read_text()
-
-
-def test_the_last_stage_keeps_its_time(tmp_path):
-    ends = gpu.run_all((stage("first", "import time; time.sleep(60)"), stage("second", "pass"), stage("last", "pass", 20)),
-                       tmp_path, whole=26)
-    assert "stopped" in ends["first"] and "no time" in ends["second"] and ends["last"].startswith("passed")
-
-
-def test_the_stages_fit_into_ten_minutes():
-    assert gpu.WHOLE < 590 and sum(s.limit for s in gpu.STAGES) < 600 and gpu.STAGES[-1].name == "report"
-
-
-def test_the_paths_of_tests_that_tools_run_exist():
-    staged = [word for stage in gpu.STAGES for word in stage.command if word.startswith("tests/")]
-    assert staged and all((gpu.ROOT / path).exists() for path in [*staged, *compat.TESTS])
 
 
 def test_rows_have_every_column_and_say_what_they_were_taken_on(tmp_path, monkeypatch):
@@ -67,21 +34,71 @@ def test_measure_orders_its_percentiles():
     assert 0 < took["p20_ms"] <= took["median_ms"] <= took["p80_ms"]
 
 
+CASE = "Llama-3.1-8B q/k/v/o, 32 of 32 layers, 10% of heads scattered, 200.3M elements, bfloat16"
+STEP_ROW = "| Llama-3.1-8B | bf16, fp32 moments, split master |"
+
+
+def page_of(folder):
+    report.main()
+    return (folder / "results.md").read_text().splitlines()
+
+
 def test_the_report_shows_rows_and_leaves_the_rest_empty(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
-    case = "Llama-3.1-8B q/k/v/o, 32 of 32 layers, 10% of heads scattered, 190M elements, bfloat16"
-    rows = [{"case": case, "rival": "HeadAdamW", "median_ms": 1.2345}]
+    rows = [{"case": CASE, "rival": "HeadAdamW, kernels alone", "median_ms": 1.2345, "share": 0.95}]
     common.write_rows("adamw", rows)
-    report.main()
-    page = (tmp_path / "results.md").read_text()
-    line = next(x for x in page.splitlines() if x.startswith("| Llama-3.1-8B | bf16, fp32 moments, split master"))
-    assert "| HeadAdamW | 1.234 |" in page and line.endswith("|  |")  # a CPU's row is shown, and fills no GPU column
+    lines = page_of(tmp_path)
+    assert "| HeadAdamW, kernels alone | 1.234 (95%) |" in lines
+    # a CPU's row is shown, and fills no column of what a GPU measured
+    assert [line for line in lines if line.startswith(STEP_ROW)][0].endswith("| 1.754 |  |  |  |")
+    assert not any("1.234" in line or "95%" in line for line in lines[lines.index("## Predicted for one H100 SXM"):])
     monkeypatch.setattr(common, "device_name", lambda: "NVIDIA H100")
     common.write_rows("adamw", rows)
-    report.main()
-    filled = (tmp_path / "results.md").read_text()
-    assert [x.split(" | ")[1] for x in filled.splitlines() if x.startswith("| Llama-3.1-8B |") and x.endswith("| 1.2345 |")] == [
-        "bf16, fp32 moments, split master"]
+    lines = page_of(tmp_path)
+    line = next(line for line in lines if line.startswith(STEP_ROW))
+    assert line.endswith("| 1.754 | 1.234 | -30% | not explained yet |")
+    assert sum(line.count("1.234 | -30%") for line in lines) == 1
+    key = ("step", "Llama-3.1-8B", "bf16, fp32 moments, split master")
+    monkeypatch.setitem(h100.EXPLAINED, key, "the card is faster")
+    assert any(line.endswith("| -30% | the card is faster |") for line in page_of(tmp_path))
+
+
+def test_targets_are_ratios_of_rows_of_one_case(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(common, "device_name", lambda: "NVIDIA H100")
+    times = {"HeadAdamW": 2.0, "HeadAdamW, dense": 1.6, "torch AdamW fused, dense": 1.0,
+             "torch AdamW fused + mask": 18.0}
+    common.write_rows("adamw", [{"case": CASE, "rival": f"{rival}, kernels alone", "median_ms": ms, "share": 0.91}
+                                for rival, ms in times.items()])
+    found = [line.split(" | ")[1:] for line in page_of(tmp_path)
+             if " | bfloat16 | " in line and line.startswith(("| share", "| time"))]
+    assert [cells[2:] for cells in found] == [["0.91", "yes |"], ["1.25", "no |"], ["2", " |"], ["9", "yes |"]]
+
+
+def test_an_old_row_of_the_whole_step_fills_no_kernel_column():
+    row = {"device": "NVIDIA H100", "case": CASE, "rival": "HeadAdamW", "median_ms": "1.5"}
+    assert not any("1.5 |" in line for line in predicted_step.steps([row]) + predicted_step.targets([row]))
+
+
+def test_predictions_are_the_arithmetic_they_state():
+    # 72 registers of 128 threads: 7 programs an SM; 2,048 elements a program
+    assert h100.resident(72) == 132 * 7 and h100.resident(40) == 132 * 12 and h100.resident(16) == 132 * 16
+    seconds, waves = h100.streamed(3e9, 2 * 132 * 7, 72)
+    assert waves == 2 and seconds == pytest.approx(1e-3 * 1.25 + 3e-6)
+    assert h100.compared(2.0, "", ("a", "b", "c")) == " |  | "
+    assert h100.compared(2.0, "2.1", ("a", "b", "c")) == "2.1 | +5% | "
+    tables = "\n".join(predictions.predicted([], [])).split("\n\n")
+    for table in (table.splitlines() for table in tables if table.startswith("| ")):
+        assert len({line.count("|") for line in table}) == 1, table[0]
+
+
+def test_the_step_s_constants_are_those_of_its_plan():
+    from importlib import import_module
+
+    tables, plan = (import_module(f"alps_kernels.ops.adamw.{name}") for name in ("tables", "plan"))
+    assert (predicted_step.TILE, predicted_step.TABLE) == (tables.TILE, 8 * len(tables.Tile._fields))
+    assert (predicted_step.STEP_TILES, predicted_step.NORM_TILES) == (plan.TILES, plan.NORM_TILES)
+    assert h100.THREADS == 32 * plan.WARPS[True]
 
 
 def test_calls_run_in_turns_and_one_that_cannot_says_why():
@@ -135,7 +152,7 @@ TINY = Shape("tiny", 2, 96, 6, 2, 16)
 @pytest.mark.parametrize("adjacent", [True, False])
 def test_the_norm_s_and_the_step_s_contestants_run(adjacent, dtype, monkeypatch):
     case = attention.Selected.of(TINY, 2, 0.5, adjacent, dtype)
-    rows = bench_grad_norm.run(case, 10.0, 2)
+    rows = list(bench_grad_norm.run(case, 10.0, 2))
     assert [row["rival"] for row in rows] == ["head_grad_norm", "mask + torch norm", "torch norm, dense"]
     assert rows[0]["bytes"] == case.bound.numel * dtype.itemsize and all(row["median_ms"] > 0 for row in rows)
     monkeypatch.setattr(bench_adamw, "BASELINES", {"torch AdamW fused": baselines.BASELINES["torch AdamW fused"]})
@@ -159,4 +176,4 @@ def test_selections_have_their_size_and_lie_in_the_model(shape):
             heads = heads_of(shape, ratio, adjacent=adjacent)
             assert len(set(heads)) == len(heads) == max(1, round(ratio * shape.layers * shape.heads))
             assert all(0 <= layer < shape.layers and 0 <= head < shape.heads for layer, head in heads)
-    assert predictions.selected_elements(shape, 1.0) == shape.attention_params
+    assert predicted_step.selected_elements(shape, 1.0) == shape.attention_params

@@ -1,7 +1,9 @@
-"""Compile kernels for GPUs that are not here, and read what the compiler made of them.
+"""Read what the compiler made of a kernel: registers, spills, shared memory, machine code.
 
-    built = build(kernel, {"x_ptr": "*fp32", "n": "i64"}, {"BLOCK": 1024}, target="sm_90", aligned=("x_ptr",))
-    resources(built)        # Resources(registers=..., stack=..., spills=...)
+    built = launch.compile("sm_90")         # tests/support/launches.py
+    resources(built)                        # Resources(registers=..., stack=..., spills=..., shared=...)
+    resident(built)                         # programs that an SM holds at once
+    in_flight(built)                        # bytes that their loads have on the way at once
     count(built, "LDG.E.128")
 """
 
@@ -14,58 +16,109 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
-TARGETS = (*NVIDIA, "gfx942")
-
-
-def target_of(name: str) -> GPUTarget:
-    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
+NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+AMD = ("gfx942",)
+TARGETS = (*NVIDIA, *AMD)
 
 
-def build(kernel, signature: dict[str, str], constexprs: dict, *, target: str = "sm_90",
-          aligned: tuple[str, ...] = (), num_warps: int = 4, num_stages: int = 2, fusion: bool = False):
-    """The compiled kernel; each variant is compiled once per process.
+class Multiprocessor(NamedTuple):
+    """What an SM (NVIDIA) or a compute unit (AMD) has for the programs that it holds at once.
 
-    Args:
-        signature: the Triton type of every argument that is not constexpr ("*bf16", "i64", "fp32").
-        constexprs: the value of every constexpr argument.
-        aligned: arguments known to be multiples of 16 (pointers: of 16 bytes).
+    Sources: CUDA C++ Programming Guide, technical specifications by compute capability; AMD Instinct MI300 ISA;
+    the vendors' data sheets for bandwidth.
     """
-    return _build(kernel, tuple(signature.items()), tuple(constexprs.items()), target, tuple(aligned),
-                  num_warps, num_stages, fusion)
+
+    registers: int  # of 32 bits
+    warps: int
+    programs: int
+    shared: int  # bytes
+    reserved: int  # bytes of shared memory that each program takes beside its own
+    bandwidth: float  # bytes of memory a second that come to one of them
 
 
-@functools.cache
-def _build(kernel, signature, constexprs, target, aligned, num_warps, num_stages, fusion):
-    names = kernel.arg_names
-    types, constants = dict(signature), dict(constexprs)
-    if unknown := {*types, *constants} ^ set(names):
-        raise TypeError(f"arguments of {kernel.__name__} and those given differ in {sorted(unknown)}")
-    full = {name: types.get(name, "constexpr") for name in names}
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(kernel, full, {(names.index(k),): v for k, v in constants.items()}, attrs)
-    return triton.compile(source, target=target_of(target),
-                          options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fusion})
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(65536, 64, 32, 164 * 1024, 1024, 2.04e12 / 108),  # A100 80 GB
+    "sm_86": Multiprocessor(65536, 48, 16, 100 * 1024, 1024, 0.94e12 / 82),  # RTX 3090
+    "sm_89": Multiprocessor(65536, 48, 24, 100 * 1024, 1024, 1.01e12 / 128),  # RTX 4090
+    "sm_90": Multiprocessor(65536, 64, 32, 228 * 1024, 1024, 3.35e12 / 132),  # H100 SXM
+    "sm_100": Multiprocessor(65536, 64, 32, 228 * 1024, 1024, 8.0e12 / 148),  # B200
+    "sm_120": Multiprocessor(65536, 48, 24, 100 * 1024, 1024, 1.79e12 / 170),  # RTX 5090
+    "gfx942": Multiprocessor(4 * 512 * 64, 32, 32, 64 * 1024, 0, 5.3e12 / 304),  # MI300X
+}
+LATENCY = 0.7e-6  # seconds from a load to its data, on a busy GPU: assumed, until it was measured on one
 
 
 @dataclass(frozen=True)
 class Resources:
+    """Registers of a thread; bytes of its stack; accesses of memory for want of registers; bytes of shared memory."""
+
     registers: int
     stack: int
-    local: int
+    spills: int
+    shared: int
 
 
 def resources(built) -> Resources:
-    """Registers per thread, stack and local memory in bytes, as cuobjdump reports them."""
-    text = _tool("cuobjdump", built, "-res-usage")
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Resources(found["REG"], found["STACK"], found["LOCAL"])
+    shared = built.metadata.shared
+    if "cubin" not in built.asm:
+        found = {key: int(value) for key, value in re.findall(
+            r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", built.asm["amdgcn"])}
+        return Resources(found["vgpr_count"], found["private_segment_fixed_size"], found["vgpr_spill_count"], shared)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", built, "-res-usage"))}
+    return Resources(found["REG"], found["STACK"] + found["LOCAL"], len(re.findall(r"\b(?:LDL|STL)\b", sass(built))), shared)
+
+
+def spill_free(built) -> bool:
+    """No stack (on AMD: no scratch), and no access of it."""
+    found = resources(built)
+    return found.stack == found.spills == 0
+
+
+def unit_of(built) -> Multiprocessor:
+    target = built.metadata.target
+    return MULTIPROCESSORS[target.arch if target.backend == "hip" else f"sm_{target.arch}"]
+
+
+def resident(built, shared: bool = True) -> int:
+    """How many programs an SM or compute unit holds at once; not `shared`: if they took no shared memory."""
+    unit, used, warps = unit_of(built), resources(built), built.metadata.num_warps
+    of_warp = -(-used.registers // 8) * 8 * built.metadata.target.warp_size
+    held = min(unit.registers // of_warp // 4 * 4, unit.warps)  # four schedulers have a quarter each
+    room = unit.shared // (used.shared + unit.reserved) if shared and used.shared else unit.programs
+    return min(held // warps, unit.programs, room)
+
+
+def in_flight(built) -> int:
+    """Bytes of data that an SM's programs ask for before they wait, at least (NVIDIA).
+
+    Of each thread, what it loads ahead of the first instruction that takes a loaded value. Loads of data are
+    those of 16 bytes and those under a mask; the others read tables.
+    """
+    asked, waiting = 0, set()
+    for _, predicate, op, operands in _lines(sass(built)):
+        registers = [{int(at), int(at) + 1} if pair else {int(at)} for at, pair in re.findall(r"\bR(\d+)(\.64)?", operands)]
+        load = op.startswith("LDG")
+        if waiting & set().union(*registers[load:]):
+            break
+        if load and (".128" in op or predicate):
+            size = next((size for name, size in SIZES.items() if name in op), 4)
+            first = min(registers[0])
+            waiting |= set(range(first, first + max(1, size // 4)))
+            asked += size
+    return asked * built.metadata.num_warps * 32 * resident(built)
+
+
+SIZES = {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}  # bytes of an access; without any, 4
+
+
+def needed(built) -> float:
+    """Bytes that an SM must have on the way at once to use all of the memory's bandwidth (Little's law)."""
+    return unit_of(built).bandwidth * LATENCY
 
 
 def sass(built) -> str:
@@ -98,10 +151,15 @@ def fast_path(built) -> list[str]:
 END = 1 << 30
 
 
+def _lines(code: str) -> list[tuple[int, str, str, str]]:
+    """Address, predicate, opcode and operands of every instruction."""
+    return [(int(at, 16), predicate, op, operands) for at, predicate, op, operands in re.findall(
+        r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", code)]
+
+
 def _instructions(code: str) -> tuple[list[str], list[set[int]]]:
     """Opcodes, and of each instruction those that may come next; END after the whole warp's exit."""
-    lines = [(int(at, 16), predicate, op, operands) for at, predicate, op, operands in re.findall(
-        r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", code)]
+    lines = _lines(code)
     place = {at: i for i, (at, *_) in enumerate(lines)}
     after = []
     for i, (_, predicate, op, operands) in enumerate(lines):
@@ -129,15 +187,6 @@ def unsafe_products(built) -> list[str]:
             if not known & set(match.groups()):
                 found.append(line.strip())
     return found
-
-
-def spill_free(built) -> bool:
-    """No local-memory traffic: no stack, no LDL, no STL (NVIDIA); no scratch (AMD)."""
-    if "cubin" not in built.asm:
-        scratch = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", built.asm["amdgcn"])
-        return bool(scratch) and all(size == "0" for size in scratch)
-    code = sass(built)
-    return resources(built).stack == 0 and not re.search(r"\b(LDL|STL)\b", code)
 
 
 def _tool(name: str, built, flag: str) -> str:

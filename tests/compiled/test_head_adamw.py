@@ -1,59 +1,102 @@
-"""The optimizer's kernels compile for every target: no spills, 16-byte accesses where hinted."""
+"""The optimizer's kernels as the host launches them, for every target: registers, spills, bytes, 16-byte accesses."""
 
-import importlib.util
 import re
-import shutil
-import sys
-from pathlib import Path
 
 import pytest
-import triton.language as tl
 
-import csrc_triton
-from alps_kernels.ops.adamw.op import WARPS
-from alps_kernels.ops.adamw.tables import TILE, Tile
-from csrc_triton.head_adamw import head_adamw_kernel, head_grad_norm_kernel
+from alps_kernels.ops.adamw.tables import Tile
+from csrc_triton.head_adamw import head_adamw_kernel
 
-from ..support.mutants import edit
-from .offline import TARGETS, build, count, resources, sass, spill_free
+from ..support.mutants import plant_kernel
+from .cases import PLAIN, QUANTISED, SPLIT, VARIANTS, launches_of, step_launches, step_of
+from .offline import NVIDIA, TARGETS, count, in_flight, needed, resident, resources, sass, spill_free
 
-GROUPS = TILE // 8
-TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "8bit": tl.int8}
-TABLES = {"tiles_ptr": "*i64", "pointers_ptr": "*i64", "hypers_ptr": "*fp32", "control_ptr": "*fp32"}
-
-# param, moments, master, amsgrad, weight_copy; the bytes an element that the kernel's docstring states
-VARIANTS = [
-    ("fp32", "fp32", None, False, False, 28),
-    ("fp32", "fp32", None, True, False, 36),
-    ("fp32", "bf16", None, False, False, 20),
-    ("bf16", "fp32", None, False, False, 22),
-    ("bf16", "fp32", None, False, True, 24),
-    ("bf16", "fp32", "split", False, False, 26),
-    ("bf16", "fp32", "split", False, True, 28),
-    ("bf16", "fp32", "kahan", False, False, 26),
-    ("bf16", "fp32", "stochastic", False, False, 22),
-    ("bf16", "bf16", "split", False, False, 18),
-    ("bf16", "bf16", "stochastic", True, False, 18),
-    ("fp16", "fp32", "split", True, False, 34),
-    ("fp16", "bf16", "stochastic", False, False, 14),
-    ("bf16", "8bit", "split", False, False, 14.25),
-    ("bf16", "8bit", "stochastic", False, True, 12.25),
-    ("fp16", "8bit", "split", False, False, 14.25),
-    ("fp32", "8bit", None, False, False, 16.25),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*no master")  # variants that round to nearest
+MAIN = (PLAIN, SPLIT, QUANTISED)
+KERNELS = {"step": "head_adamw_kernel", "norm": "head_grad_norm_kernel"}
 
 
-def compiled(target, param, moment, master, amsgrad, aligned, control=True, weight_copy=False,
-             kernel=head_adamw_kernel):
-    signature = {name: kind for name, kind in TABLES.items() if control or name != "control_ptr"}
-    constants = {"PARAM": TYPES[param], "GRAD": TYPES[param], "MOMENT": TYPES[moment], "MASTER": master,
-                 "AMSGRAD": amsgrad, "WEIGHT_COPY": weight_copy, "ALIGNED": aligned, "GROUPS": GROUPS}
-    return build(kernel, signature, constants if control else {**constants, "control_ptr": None},
-                 target=target, aligned=tuple(signature), num_warps=WARPS[aligned])
+def compiled(target, variant, aligned=True, everything=True, kernel="step"):
+    return step_launches(variant, aligned, everything)[KERNELS[kernel]].compile(target)
+
+
+def name(variant):
+    return "-".join(map(str, variant[:3])) + "-amsgrad" * variant.amsgrad + "-copy" * variant.weight_copy
+
+
+def tiles_of(variant, kernel="step"):
+    """Tiles of a program."""
+    return step_launches(variant)[KERNELS[kernel]].argument("TILES")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name)
+def test_a_launch_is_that_of_its_variant(variant):
+    for aligned in (True, False):
+        launch = step_launches(variant, aligned)[KERNELS["step"]]
+        assert str(launch.argument("PARAM")) == str(launch.argument("GRAD")) == variant.param
+        assert str(launch.argument("MOMENT")) == {"8bit": "int8"}.get(variant.moment, variant.moment)
+        assert [launch.argument(key) for key in ("MASTER", "AMSGRAD", "WEIGHT_COPY", "ALIGNED")] == [
+            variant.master, variant.amsgrad, variant.weight_copy, aligned]
+        for pointer in ("norm_ptr", "scale_ptr", "found_inf_ptr"):
+            assert launch.argument(pointer) is not None
+            assert step_launches(variant, aligned, False)[KERNELS["step"]].argument(pointer) is None
+
+
+def check_resources(built, variant, aligned):
+    """No spills, and enough programs at once for the memory's bandwidth.
+
+    An SM's programs must ask for as many bytes before they wait as arrive in the time that memory takes to answer.
+    Tensors at odd places are few and small, so for them it is enough that one program loads while another computes.
+    Shared memory serves changes of layout and the sum of a program alone: it must not be what bounds their number.
+    """
+    what = resources(built), resident(built)
+    assert spill_free(built), what
+    assert resident(built) == resident(built, shared=False), what
+    assert resident(built) >= 2, what
+    if aligned and "cubin" in built.asm:
+        assert in_flight(built) >= needed(built) * share(built, variant), (*what, in_flight(built), needed(built))
+    elif aligned:  # 8 waves of a compute unit: two for each of its SIMDs, so that one computes while the other waits
+        assert resident(built) * built.metadata.num_warps >= 8, what
+
+
+def share(built, variant):
+    """The part of the bandwidth that must be met: 8-bit moments load 8 bytes an element, too few for a B200."""
+    return 0.5 if variant.moment == "8bit" and built.metadata.target.arch == 100 else 1.0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("variant", MAIN, ids=name)
+def test_main_variants_have_the_resources_that_they_need(target, aligned, variant):
+    check_resources(compiled(target, variant, aligned), variant, aligned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everything", [True, False])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_variant_has_the_resources_that_it_needs(target, aligned, everything):
+    failed = []
+    for variant in VARIANTS:
+        try:
+            check_resources(compiled(target, variant, aligned, everything), variant, aligned)
+        except AssertionError as error:
+            failed.append((name(variant), str(error).splitlines()[0]))
+    assert failed == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", [PLAIN, SPLIT], ids=name)
+def test_the_norm_has_the_resources_that_it_needs(target, variant):
+    for aligned in (True, False):
+        check_resources(compiled(target, variant, aligned, kernel="norm"), variant, aligned)
+    built = compiled(target, variant, kernel="norm")
+    if target in NVIDIA:
+        assert count(built, "LDG.E.128") == tiles_of(variant, "norm") * (1 if variant.param == "bf16" else 2)
 
 
 def moved(built):
-    """(bytes of the data that a thread moves for its 8 elements, scalars of the tables it loads): from the IR.
+    """(bytes of the data that a thread moves, scalars of the tables it loads): from the IR.
 
     A tensor access is [128, 8] elements, or [128, 1] scales, 8 groups of which share one.
     """
@@ -69,19 +112,18 @@ def moved(built):
     return total, scalars
 
 
-@pytest.mark.parametrize("param, moment, master, amsgrad, weight_copy, per_element", VARIANTS)
-def test_head_adamw_moves_the_bytes_it_states_16_at_a_time_without_spills(param, moment, master, amsgrad, weight_copy,
-                                                                          per_element):
-    built = compiled("sm_90", param, moment, master, amsgrad, True, weight_copy=weight_copy)
-    assert spill_free(built) and resources(built).registers <= (100 if moment == "8bit" else 80)
+@pytest.mark.parametrize("variant", VARIANTS, ids=name)
+def test_a_step_moves_the_bytes_it_states_16_at_a_time(variant):
+    built, tiles, quantised = compiled("sm_90", variant), tiles_of(variant), variant.moment == "8bit"
     total, _ = moved(built)
-    assert total == 8 * per_element and "f64" not in built.asm["ttir"]
+    assert total == 8 * variant.bytes * tiles
+    assert not re.search(r"tensor<[^>]*f64", built.asm["ttir"])
     # machine code: one access of 8 elements for each 16-bit tensor, two for each float32 one
     wide = count(built, "LDG.E.128") + count(built, "STG.E.128")
-    codes = 2 * 2 * 8 if moment == "8bit" else 0  # read and written, 8 bytes at a time
-    scales = 2 * 2 * 4 / 8 if moment == "8bit" else 0
-    assert 16 * wide + codes + scales == 8 * per_element
-    assert count(built, "STG.E.64") == (2 if moment == "8bit" else 0)
+    codes = 2 * 2 * 8 * tiles if quantised else 0  # read and written, 8 bytes at a time
+    scales = 2 * 2 * 4 / 8 * tiles if quantised else 0
+    assert 16 * wide + codes + scales == 8 * variant.bytes * tiles
+    assert count(built, "STG.E.64") == (2 * tiles if quantised else 0)
     assert not re.search(r"\b(LDG|STG)\.E\.(U16|S16|U8)", sass(built))
 
 
@@ -93,52 +135,29 @@ def test_the_docstring_states_these_bytes():
     assert 8 * len(Tile._fields) == 112
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("param, moment, master", [("bf16", "fp32", "split"), ("fp32", "fp32", None),
-                                                   ("bf16", "8bit", "split")])
-def test_head_adamw_compiles_everywhere_without_spills(target, aligned, param, moment, master):
-    built = compiled(target, param, moment, master, False, aligned, weight_copy=True)
-    assert spill_free(built)
-    if aligned and not target.startswith("gfx"):
-        assert count(built, "LDG.E.128") >= (3 if moment == "8bit" else 6)
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("variant", MAIN, ids=name)
+def test_accesses_are_16_bytes_wide_on_every_target(target, variant):
+    wide = {PLAIN: 8, SPLIT: 7, QUANTISED: 3}[variant]  # loads of a tile
+    assert count(compiled(target, variant), "LDG.E.128") == wide * tiles_of(variant)
 
 
 def test_the_unhinted_variant_has_no_wide_access():
-    built = compiled("sm_90", "bf16", "bf16", "stochastic", False, False)
-    assert spill_free(built) and count(built, "STG.E.128") == 0
+    assert count(compiled("sm_90", SPLIT, aligned=False), "STG.E.128") == 0
 
 
-def test_without_control_the_kernel_is_the_same_but_for_two_loads():
-    with_control, without = (compiled("sm_90", "bf16", "fp32", "split", False, True, control) for control in (True, False))
-    scalars = [len(re.findall(r"\bLDG\.E(?:\.64|\.CONSTANT)*\b(?!\.128)", sass(b))) for b in (with_control, without)]
-    assert scalars[0] == scalars[1] + 2 and count(without, "LDG.E.128") == 7
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("aligned", [True, False])
-def test_every_variant_compiles_for_every_target_without_spills(target, aligned):
-    for param, moment, master, amsgrad, weight_copy, _ in VARIANTS:
-        assert spill_free(compiled(target, param, moment, master, amsgrad, aligned, weight_copy=weight_copy)), (param, moment, master)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("grad", ["bf16", "fp32"])
-def test_head_grad_norm(target, grad):
-    signature = {"tiles_ptr": "*i64", "pointers_ptr": "*i64", "partial_ptr": "*fp32"}
-    built = build(head_grad_norm_kernel, signature, {"GRAD": TYPES[grad], "ALIGNED": True, "GROUPS": GROUPS},
-                  target=target, aligned=tuple(signature))
-    assert spill_free(built)
-    if not target.startswith("gfx"):
-        assert count(built, "LDG.E.128") == (1 if grad == "bf16" else 2)
+def test_without_clipping_and_scaling_the_kernel_is_the_same_but_for_three_loads():
+    everything, plain = (compiled("sm_90", SPLIT, everything=e) for e in (True, False))
+    loads = [moved(built) for built in (everything, plain)]
+    assert loads[0][0] == loads[1][0] and loads[0][1] == loads[1][1] + 3
+    assert count(everything, "LDG.E.128") == count(plain, "LDG.E.128")
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("moment", ["fp32", "8bit"])
-def test_offsets_are_64_bit(aligned, moment):
+@pytest.mark.parametrize("variant", [SPLIT, QUANTISED], ids=name)
+def test_offsets_are_64_bit(aligned, variant):
     """Offsets of data come from int64 tables and stay int64: no 32-bit product feeds an address."""
-    assert not narrow_offsets(compiled("sm_90", "bf16", moment, "split", False, aligned, weight_copy=True))
+    assert not narrow_offsets(compiled("sm_90", variant, aligned))
 
 
 def narrow_offsets(built):
@@ -162,22 +181,26 @@ def _bounded(made, text):
     return source.startswith(("arith.divsi", "arith.remsi", "tt.make_range", "arith.constant"))
 
 
-def test_a_32_bit_offset_is_seen(tmp_path):
+def test_a_32_bit_offset_is_seen(tmp_path, monkeypatch):
     """The gate above, on a copy of the kernel whose offsets of param are products of 32 bits."""
-    package = tmp_path / "narrow_kernels"
-    shutil.copytree(Path(csrc_triton.__path__[0]), package)
     wide = "offs_p = _field(tile, TILE_P_OFF, ALIGNED) + row * _field(tile, TILE_P_STRIDE, ALIGNED)"
     narrow = wide.replace("row * _field(tile, TILE_P_STRIDE, ALIGNED)",
                           "(row.to(tl.int32) * _field(tile, TILE_P_STRIDE, ALIGNED).to(tl.int32)).to(tl.int64)")
-    file = package / "head_adamw.py"
-    file.write_text(edit(file.read_text(), (wide, narrow)))
-    spec = importlib.util.spec_from_file_location("narrow_kernels", package / "__init__.py",
-                                                  submodule_search_locations=[str(package)])
-    sys.modules["narrow_kernels"] = importlib.util.module_from_spec(spec)
-    try:
-        kernel = importlib.import_module("narrow_kernels.head_adamw").head_adamw_kernel
-        for aligned in (True, False):
-            assert narrow_offsets(compiled("sm_90", "bf16", "fp32", "split", False, aligned, kernel=kernel))
-    finally:
-        for name in [name for name in sys.modules if name.startswith("narrow_kernels")]:
-            del sys.modules[name]
+    for aligned in (True, False):
+        assert narrow_offsets(planted(tmp_path / f"aligned_{aligned}", monkeypatch, (wide, narrow), aligned))
+
+
+def test_other_options_than_those_of_the_launch_are_seen():
+    launch = step_launches(SPLIT)[KERNELS["step"]]
+    check_resources(launch.compile("sm_90"), SPLIT, True)
+    for other in ({"maxnreg": 32}, {"num_warps": 32}):  # spills; one program an SM, of which a thread loads little
+        with pytest.raises(AssertionError):
+            check_resources(launch.with_options(**other).compile("sm_90"), SPLIT, True)
+
+
+def planted(folder, monkeypatch, fault, aligned):
+    """The kernel of a step with this fault in it, as the host launches it."""
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        plant_kernel(patch, folder, "head_adamw.py", fault)
+        return launches_of(step_of(SPLIT, aligned), "sm_90")[KERNELS["step"]].compile("sm_90")

@@ -2,14 +2,19 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 import csrc_triton
-from tests.compiled import offline
+
+from ..support.launches import Launch
+from . import offline
 
 
 @triton.jit
@@ -18,27 +23,39 @@ def _copy_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, tl.load(x_ptr + offs, mask=offs < n), mask=offs < n)
 
 
-SIGNATURE = {"x_ptr": "*bf16", "out_ptr": "*bf16", "n": "i32"}
+def copy_of(n):
+    x = torch.zeros(n, dtype=torch.bfloat16)
+    return Launch(_copy_kernel, (1,), (x, torch.zeros_like(x), n), {"BLOCK": 1024})
 
 
 @pytest.mark.parametrize("target", offline.TARGETS)
 def test_every_target_reaches_machine_code(target):
-    built = offline.build(_copy_kernel, SIGNATURE, {"BLOCK": 1024}, target=target)
+    built = copy_of(1024).compile(target)
     assert built.asm["hsaco" if target.startswith("gfx") else "cubin"]
-    assert offline.spill_free(built)
+    assert offline.spill_free(built) and offline.resources(built).registers > 0
+    assert 1 < offline.resident(built) <= offline.MULTIPROCESSORS[target].programs
 
 
-def test_a_missing_hint_costs_the_16_byte_loads():
-    hinted = offline.build(_copy_kernel, SIGNATURE, {"BLOCK": 1024}, aligned=("x_ptr", "out_ptr", "n"))
-    plain = offline.build(_copy_kernel, SIGNATURE, {"BLOCK": 1024}, aligned=("x_ptr", "out_ptr"))
-    assert offline.count(hinted, "LDG.E.128") > 0 and offline.count(hinted, "STG.E.128") > 0
-    assert offline.count(plain, "LDG.E.128") == 0
-    assert offline.resources(hinted).registers > 0
+def test_a_length_that_is_no_multiple_of_16_costs_the_16_byte_loads():
+    wide, narrow = copy_of(1024).compile("sm_90"), copy_of(1023).compile("sm_90")
+    assert offline.count(wide, "LDG.E.128") > 0 and offline.count(wide, "STG.E.128") > 0
+    assert offline.count(narrow, "LDG.E.128") == 0
+    # one access of 16 bytes, or eight of 2, of each of 128 threads
+    assert [offline.in_flight(built) // offline.resident(built) for built in (wide, narrow)] == [2048, 2048]
 
 
-def test_a_forgotten_argument_is_named():
-    with pytest.raises(TypeError, match="n"):
-        offline.build(_copy_kernel, {"x_ptr": "*bf16", "out_ptr": "*bf16"}, {"BLOCK": 1024})
+def test_programs_that_fit_are_counted():
+    """By warps, registers, programs and shared memory, whichever runs out first."""
+    def held(registers, warps, shared, arch=90, backend="cuda", warp_size=32):
+        metadata = SimpleNamespace(num_warps=warps, shared=shared, target=GPUTarget(backend, arch, warp_size))
+        with mock.patch.object(offline, "resources", lambda _: offline.Resources(registers, 0, 0, shared)):
+            return offline.resident(SimpleNamespace(metadata=metadata))
+
+    assert held(32, 8, 0) == 8 and held(32, 8, 0, 86) == 6
+    assert held(65, 4, 0) == 7 and held(72, 4, 0) == 7 and held(73, 4, 0) == 6
+    assert held(16, 1, 0) == 32 and held(16, 1, 0, 86) == 16
+    assert held(32, 4, 100 * 1024) == 2 and held(32, 4, 99 * 1024, 86) == 1
+    assert held(128, 4, 0, "gfx942", "hip", 64) == 4
 
 
 @pytest.mark.parametrize("path", sorted(Path(csrc_triton.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
@@ -60,10 +77,9 @@ def _loop_kernel(x_ptr, n, ALWAYS: tl.constexpr):
 
 
 def test_the_fast_path_goes_round_loops():
-    built = [offline.build(_loop_kernel, {"x_ptr": "*fp32", "n": "i32"}, {"ALWAYS": always}, target=target)
-             for always in (False, True) for target in offline.NVIDIA]
-    for without in built[:5]:
+    for target in offline.NVIDIA:
+        without, always = (Launch(_loop_kernel, (1,), (torch.zeros(4096), 5), {"ALWAYS": always, "enable_fp_fusion": False}).compile(target)
+                           for always in (False, True))
         assert [op.split(".")[0] for op in offline.fast_path(without)].count("LDG") == 1
-    for always in built[5:]:
         with pytest.raises(ValueError, match="loop"):
             offline.fast_path(always)

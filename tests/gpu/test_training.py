@@ -1,36 +1,35 @@
-"""What only a GPU can show of training sliced heads, and of 8-bit moments: see test_step.py.
+"""Training sliced heads on a GPU. Skipped without CUDA; see cases.py.
 
-Skipped without CUDA. `sanitizer` in a name: small enough for compute-sanitizer.
+`sanitizer` in a name: small enough for compute-sanitizer.
 """
 
 import copy
 
 import pytest
 import torch
-from torch import nn
 
 import alps_kernels as alps
 from alps_kernels.slicing import head_grad, oracle
 from alps_kernels.tensors import synced_slice_of, synced_slices_in
-from tests.gpu.test_step import bound_to, make, outside, set_grads
+from tests.gpu import cases
+from tests.gpu.cases import outside
 from tests.slicing.cases import batch, cut_grads, grads, pair
 from tests.slicing.test_slice_heads import toy
 
-DEVICE = "cuda"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = cases.MARKS
 SCATTERED = ((0, 64), (128, 192), (320, 384))
 
 
 def there(model_type="llama", dtype=torch.float32):
     """A plain model, its heads, a sliced copy and its leaves, on the device."""
     plain, heads, _, _ = pair(model_type, dtype)
-    plain.to(DEVICE)  # eval: no dropout
+    plain.to(cases.DEVICE)  # eval: no dropout
     sliced = copy.deepcopy(plain)
     return plain, heads, sliced, alps.slice_heads(sliced, heads)
 
 
 def loss_of(model, step):
-    return model(**{name: value.to(DEVICE) for name, value in batch(model, step).items()}).loss
+    return model(**{name: value.to(cases.DEVICE) for name, value in batch(model, step).items()}).loss
 
 
 def train(model, optimizer, steps, first=0):
@@ -47,7 +46,7 @@ def train(model, optimizer, steps, first=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_selected_gradients_are_the_whole_ones_cut_sanitizer(dtype, ranges, transposed):
     generator = torch.Generator().manual_seed(0)
-    cut, other = (torch.randn(200, n, generator=generator).to(DEVICE, dtype) for n in (384, 96))
+    cut, other = (torch.randn(200, n, generator=generator).to(cases.DEVICE, dtype) for n in (384, 96))
     found = head_grad(cut, other, ranges, transposed=transposed)
     truth = oracle.head_grad(cut.double(), other.double(), ranges, transposed=transposed)
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2  # TF32 is off, a product may still be split over the tokens
@@ -86,11 +85,11 @@ def test_the_weight_that_forward_uses_is_current_after_every_step_sanitizer():
     optimizer = alps.HeadAdamW(sliced.parameters(), lr=1e-2, heads=bound)
     for step in range(3):
         train(sliced, optimizer, 1, first=step)
-        logits = sliced(batch(sliced, 9)["input_ids"].to(DEVICE)).logits
+        logits = sliced(batch(sliced, 9)["input_ids"].to(cases.DEVICE)).logits
         for _, synced in synced_slices_in(sliced):
             assert torch.equal(synced.cut(synced.weight), synced.leaf)
         again = alps.unslice_heads(copy.deepcopy(sliced))
-        assert torch.equal(again(batch(sliced, 9)["input_ids"].to(DEVICE)).logits, logits)
+        assert torch.equal(again(batch(sliced, 9)["input_ids"].to(cases.DEVICE)).logits, logits)
 
 
 def test_a_step_writes_leaf_and_weight_in_one_launch():
@@ -110,7 +109,7 @@ def test_sliced_projections_compile(backend):
     torch._dynamo.reset()
     _, heads, sliced = toy(dtype=torch.float32)
     layout = sliced.layout()
-    sliced.to(DEVICE)
+    sliced.to(cases.DEVICE)
     bound = alps.slice_heads(sliced, heads, layout=layout)
     other = copy.deepcopy(sliced)
     sides = ((torch.compile(sliced, backend=backend), sliced, bound), (other, other, heads.bind(other, layout=layout)))
@@ -118,7 +117,7 @@ def test_sliced_projections_compile(backend):
         optimizer = alps.HeadAdamW(model.parameters(), lr=1e-3, heads=parts)
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
-            forward(torch.randn(4, 10, generator=generator).to(DEVICE)).square().mean().backward()
+            forward(torch.randn(4, 10, generator=generator).to(cases.DEVICE)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
     for (name, a), b in zip(sliced.state_dict().items(), other.state_dict().values(), strict=True):
@@ -129,10 +128,10 @@ def test_autocast_a_scaler_and_checkpointing_train_sliced_heads():
     _, heads, sliced, bound = there("llama")
     sliced.train().gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = alps.HeadAdamW(sliced.parameters(), lr=1e-2, heads=bound)
-    scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
+    scaler = torch.amp.GradScaler(cases.DEVICE, init_scale=1024.0)
     losses = []
     for _ in range(6):
-        with torch.autocast(DEVICE, dtype=torch.float16):
+        with torch.autocast(cases.DEVICE, dtype=torch.float16):
             loss = loss_of(sliced, 0)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -140,38 +139,3 @@ def test_autocast_a_scaler_and_checkpointing_train_sliced_heads():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_8_bit_moments_equal_the_cpu_backend_and_leave_the_rest_alone_sanitizer(dtype):
-    sides = {}
-    for device in (DEVICE, "cpu"):
-        params, bound = make(dtype, device)
-        before = [p.detach().clone() for p in params]
-        optimizer = alps.HeadAdamW(params, lr=1e-2, weight_decay=0.1, heads=bound, moment_dtype="8bit")
-        for step in range(5):
-            set_grads(params, bound, step)
-            optimizer.step()
-        for part, old in zip(bound.params, before, strict=True):
-            assert torch.equal(outside(part, part.param.detach()), outside(part, old))
-        sides[device] = [p.detach().float().cpu() for p in params]
-    for ours, expected in zip(sides[DEVICE], sides["cpu"], strict=True):
-        # a moment that falls on the other side of a rounding boundary is one code off, of 255 in its block
-        assert (ours - expected).abs().max() < 2e-2 and (ours - expected).abs().mean() < 1e-3
-
-
-def test_an_8_bit_run_that_was_saved_goes_on_to_the_bit():
-    params, bound = make(torch.bfloat16, DEVICE)
-    optimizer = alps.HeadAdamW(params, lr=1e-3, heads=bound, moment_dtype="8bit")
-    for step in range(3):
-        set_grads(params, bound, step)
-        optimizer.step()
-    again = [nn.Parameter(p.detach().clone()) for p in params]
-    again_bound = bound_to(*((p, part.dim, part.ranges) for p, part in zip(again, bound.params, strict=True)))
-    other = alps.HeadAdamW(again, lr=1e-3, heads=again_bound, moment_dtype="8bit")
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for step in range(3, 6):
-        for members, parts, resumed in ((params, bound, optimizer), (again, again_bound, other)):
-            set_grads(members, parts, step)
-            resumed.step()
-    assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from alps_kernels.ops import head_adamw_, head_grad_norm, join_master
-from alps_kernels.ops.adamw import op, oracle, tables
+from alps_kernels.ops import GradControl, head_adamw_, head_grad_norm, join_master
+from alps_kernels.ops.adamw import op, oracle, plan, tables
 from alps_kernels.optim import HeadAdamW
 from alps_kernels.selection import BoundParam
 from alps_kernels.tensors import synced_slice_of
@@ -103,7 +103,7 @@ def test_tiles_of_any_size_give_the_same_bits(ranges, moments, monkeypatch):
     results = []
     for tile in (1024, 512, 2048):
         monkeypatch.setattr(tables, "TILE", tile)
-        monkeypatch.setattr(op, "TILE", tile)
+        monkeypatch.setattr(plan, "TILE", tile)
         params, optimizer = large("triton", ranges, master="stochastic", moment_dtype=moments)
         results.append([*params.values(), *(t for s in optimizer.state.values() for t in list(s.values())[1:])])
     assert all(same_bytes(a, b) and same_bytes(a, c) for a, b, c in zip(*results, strict=True))
@@ -193,7 +193,7 @@ def test_scaling_and_clipping(ranges):
 def test_the_gradient_norm_is_of_the_selection_and_repeats():
     (params, optimizer), _ = pair(torch.float32, ALIGNED)
     fill_grads(params, optimizer.heads, torch.Generator().manual_seed(0), outside=float("inf"))
-    updates = optimizer._ready().updates
+    updates = optimizer._cold().updates
     norms = [head_grad_norm(updates, backend="triton").item() for _ in range(2)]
     want = torch.cat([part.cut(part.param.grad) for part in optimizer.heads.params]).double().norm().item()
     assert norms[0] == norms[1] == pytest.approx(want, rel=1e-6)
@@ -204,8 +204,8 @@ def test_skip_flag_of_the_device_moves_nothing():
     (params, optimizer), _ = pair(torch.float32, ALIGNED)
     before = snapshot(params)
     fill_grads(params, optimizer.heads, torch.Generator().manual_seed(1))
-    cache = optimizer._ready()
-    head_adamw_(cache.updates, cache.hypers(), control=torch.tensor([1.0, 1.0]), backend="triton")
+    cache = optimizer._cold()
+    head_adamw_(cache.updates, cache.hypers(), control=GradControl(found_inf=torch.tensor(1.0)), backend="triton")
     assert all(same_bytes(params[name], before[name]) for name in params)
     assert not any(state["exp_avg"].any() for state in cache.states)
     head_adamw_(cache.updates, cache.hypers(), backend="triton")

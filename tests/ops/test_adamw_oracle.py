@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from alps_kernels.ops import HyperRow, HyperTable
+from alps_kernels.ops import GradControl, HyperRow, HyperTable
 from alps_kernels.ops.adamw import cpu, oracle
 from alps_kernels.optim.groups import slot_of
 from alps_kernels.selection import BoundParam
@@ -50,17 +50,18 @@ def case(dtype, master, moments, amsgrad, maximize):
 def test_the_cpu_backend_is_the_oracle(dtype, master, moments, pending, monkeypatch):
     monkeypatch.setattr(cpu, "PENDING", pending)
     for amsgrad, maximize in product((False, True) if moments != "8bit" else (False,), (False, True)):
-        for control in (None, (1.0, 0.0), (0.37, 0.0), (1.0, 1.0)):
+        for scale, skip in ((None, None), (1.0, 0.0), (2.7, 0.0), (1.0, 1.0)):
+            control = GradControl() if scale is None else GradControl(torch.tensor(scale), found_inf=torch.tensor(skip))
             sides = []
             for step in (oracle.head_adamw_, cpu.head_adamw_):
                 updates, hypers, tensors = case(dtype, master, moments, amsgrad, maximize)
                 start = [t.detach().clone() for t in tensors]
                 for _ in range(2):
-                    step(updates, hypers, control=None if control is None else torch.tensor(control), seed=5)
+                    step(updates, hypers, control=control, seed=5)
                 sides.append(tensors)
-            assert all(torch.equal(a, b) for a, b in zip(*sides, strict=True)), (amsgrad, maximize, control)
+            assert all(torch.equal(a, b) for a, b in zip(*sides, strict=True)), (amsgrad, maximize, scale, skip)
             still = [torch.equal(a, b) for a, b in zip(start, tensors, strict=True)]
-            assert all(still) if control == (1.0, 1.0) else not all(still) and still.count(True) == 6, "only gradients"
+            assert all(still) if skip else not all(still) and still.count(True) == 6, "only gradients"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

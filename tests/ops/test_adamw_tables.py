@@ -180,41 +180,29 @@ def test_a_plan_is_kept_and_its_addresses_follow():
     plan = lambda update: launches.plan(("key",), [update], 0)  # noqa: E731
     first = plan(update := update_of(part))
     assert plan(update) is first
-    first._pointed()
+    first.upload()
     other = update_of(part, grad=torch.zeros(64, 64))
-    assert plan(other) is first and first._pointed().pointers[0, 1] == other.grad.data_ptr()
+    assert plan(other) is first and first.upload() is None and first.stage.pointers[0, 1] == other.grad.data_ptr()
     assert plan(update_of(part, grad=torch.zeros(64, 72)[:, :64])) is not first
     known = plan(update)
     shifted = torch.zeros(64 * 64 + 1)[1:].view(64, 64)
     assert plan(update_of(part, grad=shifted)) is not known
 
 
-def test_a_graph_keeps_the_tables_it_reads():
-    part = BoundParam("w", nn.Parameter(torch.zeros(64, 64)), 0, ((8, 16),))
-    launches = op.Launches()
-    plan = launches.plan(("key",), [known := update_of(part)], 0)
-    plan._pointed()
-    plan.captured = True
-    table = plan.ring[0].pinned.clone()
-    assert launches.plan(("key",), [known], 0) is plan
-    assert launches.plan(("key",), [update_of(part, grad=torch.zeros(64, 64))], 0) is not plan
-    assert plan in launches.for_others().for_others()._captured
-    assert torch.equal(plan.ring[0].pinned, table)
-
-
 def test_tensors_of_one_dtype_triple_share_a_launch_and_odd_ones_take_another():
     good = [update_of(BoundParam(str(i), nn.Parameter(torch.zeros(64, 64)), 0, ((0, 8 * i + 8),))) for i in range(5)]
-    assert len(op.Launches().plan((), good, 0).tiles) == 1
+    assert len(op.Launches().plan((), good, 0).parts) == 1
     odd = update_of(BoundParam("odd", nn.Parameter(torch.zeros(7)), 0, ((0, 7),)))
     plan = op.Launches().plan((), [*good, odd], 0)
-    assert [hint for _, hint in plan.tiles] == [True, False] and len(plan.tiles[1][0]) == 1
+    assert [part.step.constants["ALIGNED"] for part in plan.parts] == [True, False]
+    assert [(part.step.n, part.norm.n, len(part.tiles)) for part in plan.parts] == [(5, 2, 16), (1, 1, 8)]
 
 
 def test_device_code_of_another_version_is_refused(monkeypatch):
     import csrc_triton
 
     monkeypatch.setattr(csrc_triton, "ABI", 999)
-    with pytest.raises(ImportError, match="ABI 999, alps_kernels calls ABI 3"):
+    with pytest.raises(ImportError, match="ABI 999, alps_kernels calls ABI 4"):
         device_code("head_adamw")
 
 

@@ -212,7 +212,11 @@ def test_unsound_weights_are_refused_by_head(value, both):
     ([[segment(1, 2, 2), segment(2, 2, 2)]], ["pad"], 1.0, "layer 0"),
     ([[segment(1, 2, 2, (1,))]], ["pad"], 1.0, "matrix 1 of 1"), ([[segment(1, 2, 2, (-1,))]], ["pad"], 1.0, "matrix -1"),
     ([[Segment(torch.zeros(1, 2, 2), torch.zeros(1, 2, 3), (0,))]], ["pad"], 1.0, r"\[1, 2, 3\]"),
-    ([[Segment(torch.zeros(1, 2, 2).int(), torch.zeros(1, 2, 2).int(), (0,))]], ["pad"], 1.0, "int32")])
+    ([[Segment(torch.zeros(1, 2, 2).int(), torch.zeros(1, 2, 2).int(), (0,))]], ["pad"], 1.0, "int32"),
+    # a kernel of one device that reads addresses of another kills the process's CUDA context
+    ([[segment(1, 2, 2), Segment(*torch.zeros(2, 1, 2, 2, device="meta"), (0,))]], ["pad"], 1.0,
+     "layer 0: its weights are on cpu and meta; expected one device"),
+    ([[Segment(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, device="meta"), (0,))]], ["pad"], 1.0, "cpu and meta")])
 def test_bad_arguments_are_named(layers, metrics, tau, message):
     with pytest.raises(ValueError, match=message):
         head_delta(layers, metrics, temperature=tau)

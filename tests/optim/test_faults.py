@@ -4,17 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from alps_kernels.ops.adamw import cpu, op, param_update, quantize8, rounding, tables
+from alps_kernels.ops.adamw import cpu, launch, op, param_update, plan, quantize8, rounding, tables
 from alps_kernels.optim import groups, head_adamw, state, state_dict, step_cache
 from alps_kernels.selection import BoundParam
 from tests.ops import test_adamw_tables
-from tests.optim import cases, test_8bit, test_head_adamw, test_precision, test_state_dict, test_step_cache
+from tests.optim import (
+    cases, test_8bit, test_capturable, test_driver, test_head_adamw, test_precision, test_state_dict, test_step_cache,
+)
 
 from ..support.mutants import plant
 
 formula = test_head_adamw.test_float32_equals_the_formula_in_float64
 masked = test_head_adamw.test_selected_slices_equal_torch_with_a_mask
 tiles = test_adamw_tables.test_tiles_cover_the_selection_exactly_once
+graph = test_driver.test_a_graph_and_steps_beside_it_read_their_own_gradients
+streams = test_driver.test_another_stream_waits_and_keeps_the_tables
 
 
 def frozen():
@@ -46,6 +50,14 @@ def resume(master, moments):
 def refused(name):
     case, message = next((c, m) for n, c, m in test_state_dict.refusals() if n == name)
     return lambda: test_state_dict.test_state_of_another_selection_or_precision_is_refused_whole(case, message)
+
+
+def counted():
+    test_capturable.test_it_is_torchs_adamw_as_lr_changes(test_capturable.OPTIONS[0], False)
+
+
+def skipped(clip):
+    return lambda: test_capturable.test_found_inf_moves_nothing_and_takes_no_step(clip, torch.float32)
 
 
 def changed(name):
@@ -107,7 +119,7 @@ FAULTS = {
                                             "            if float(found_inf) != 0:\n"
                                             "                [state[\"step\"].add_(1) for state in cache.states]\n")],
                                test_precision.test_found_inf_moves_nothing_and_takes_no_step),
-    "grad_scale ignored": (head_adamw, [("factor = factor / torch.as_tensor(scale", "factor / torch.as_tensor(scale")],
+    "grad_scale ignored": (param_update, [("1.0 / float(self.grad_scale)", "1.0")],
                            lambda: test_precision.test_grad_scale_divides_the_gradients(None)),
     "the norm counts everything": (cpu, [("block.of(u.grad) if block is not None else u.grad", "u.grad")],
                                    test_head_adamw.test_max_grad_norm_counts_the_selected_slices_alone),
@@ -138,8 +150,8 @@ FAULTS = {
                                            test_precision.test_random_bits_are_philox),
     "second moments to nearest": (cpu, [("yield v, rounded(wide_v, EXP_AVG_SQ_BITS, v.dtype)", "yield v, wide_v")],
                                   test_precision.test_bfloat16_second_moments_do_not_stall),
-    "the last tile skipped": (tables, [("at = torch.arange(0, n, TILE, dtype=torch.int64)",
-                                              "at = torch.arange(0, n, TILE, dtype=torch.int64)[:-1]")], tiles),
+    "the last tile skipped": (tables, [("at = torch.arange(0, n, TILE, dtype=torch.int64, device=\"cpu\")",
+                                              "at = torch.arange(0, n, TILE, dtype=torch.int64, device=\"cpu\")[:-1]")], tiles),
     "tiles past the end": (tables, [("(n - at).clamp(max=TILE)", "(n - at) * 0 + TILE")], tiles),
     "tiles begin at column 0": (tables, [("at % max(width, 1)\n", "at * 0\n")], tiles),
     "scales of the tiles before": (tables, [('tiles["scale"] += at // QUANTUM', 'tiles["scale"] += 0')], tiles),
@@ -149,7 +161,7 @@ FAULTS = {
     "the gradient's stride taken from the parameter": (tables, [("matrix(update.grad).stride(0)",
                                                                        "matrix(update.param).stride(0)")], tiles),
     "alignment taken for granted": (tables, [("(tiles[:, LENGTHS] % VECTOR).any()", "False")], alignment),
-    "stale addresses": (op, [("        if flat == self.pointers:\n", "        if flat:\n")],
+    "stale addresses": (plan, [("            self.pointers = flat\n", "            pass\n")],
                         test_adamw_tables.test_a_plan_is_kept_and_its_addresses_follow),
     "a plan kept for other strides": (op, [("known.layout == layout and ", "")],
                                       test_adamw_tables.test_a_plan_is_kept_and_its_addresses_follow),
@@ -157,20 +169,48 @@ FAULTS = {
     "step counts not looked at": (step_cache, [(" and self.counts._version != self.version)", " and False)")],
                                   changed("a step count written in place")),
     "states not looked at": (step_cache, [("changes != ParamState.changes or", "")], changed("a moment replaced")),
-    "lost states not looked at": (step_cache, [("len(state) != len(entries) or not all(map(is_, entries, state.values()))", "False")],
-                                  changed("all states lost")),
-    "groups not looked at": (step_cache, [("""sum([len(g["params"]) for g in groups]) != len(params)
-                or not all(map(is_, params, chain.from_iterable([g["params"] for g in groups])))""", "False")],
+    "another table of states not looked at": (step_cache, [(" or table is not state", "")], changed("all states replaced")),
+    "groups not looked at": (step_cache, [("len(now) != len(params) or not all(map(is_, now, params))", "False")],
                              changed("a parameter taken out of its group")),
-    "amsgrad not looked at": (step_cache, [('[g["amsgrad"] for g in groups] != amsgrad', "False")], changed("amsgrad off")),
+    "amsgrad not looked at": (step_cache, [('group["amsgrad"] != amsgrad', "False")], changed("amsgrad off")),
     "strides not looked at": (step_cache, [("return self.guards.check(*tensors)", "return None not in map(type, tensors)")],
                               changed("a gradient of other strides")),
-    "weights' addresses not looked at": (step_cache, [("!= fixed:", "is fixed:")], changed("weights elsewhere")),
-    "new gradients not looked at": (step_cache, [(" or any(p.grad is not None for p in self.absent)", "")],
+    "weights' addresses not looked at": (step_cache, [(" if list(map(ADDRESS, self.fixed)) == self.pointers[0] else None", "")], changed("weights elsewhere")),
+    "new gradients not looked at": (step_cache, [(" or (self.absent and any([p.grad is not None for p in self.absent]))", "")],
                                     test_step_cache.test_a_gradient_that_appears_is_seen),
     "the copy not looked at": (step_cache, [("synced.weight is not update.weight_copy or not synced.writable(update.param)", "False")],
                                  test_step_cache.test_a_copy_whose_weight_was_replaced_is_left_to_the_projection),
-    "hyperparameters of the last step": (step_cache, [("self.aged, self.fresh = [(group, age + 1) for", "self.aged, self.fresh = [(group, age) for")], formula),
+    "hyperparameters of the last step": (step_cache, [("[(group, age + 1) for", "[(group, age) for")], formula),
+    # -- the driver --
+    "a graph reads what steps write": (plan, [("self.stage = self._spare()", "self.stage = self.ring[self.turn]")], graph),
+    "a graph keeps no memory of its own": (plan, [("self.spares.pop()", "self.spares[-1]")],
+                                           test_driver.test_a_graph_with_clipping_copies_once_and_a_second_graph_has_tables_of_its_own),
+    "a capture waits": (plan, [("if capturing(self.device):\n            self.stage", "if False:\n            self.stage")], graph),
+    "a ring of one": (plan, [("self.turn = (self.turn + 1) % RING", "self.turn = 0")],
+                      lambda: test_driver.test_no_step_waits_for_the_one_before({"capturable": True})),
+    "addresses of the step before": (plan, [("written is self.pointers:", "written is not None:")],
+                                     lambda: test_driver.test_no_step_waits_for_the_one_before({"capturable": True})),
+    "no wait for another stream": (launch, [("                self.done.wait()\n", "                pass\n")], streams),
+    "tiles not kept for another stream": (plan, [("keep_for_current_stream(part.tiles)", "pass")], streams),
+    "tables not kept for another stream": (launch, [("keep_for_current_stream(self.there)", "pass")], streams),
+    "versions not counted": (plan, [("        increment_version(self.written)\n", "")],
+                             lambda: test_driver.test_weights_count_the_writes({})),
+    "versions of full weights not counted": (op, [("(updates[i].param, updates[i].weight_copy)", "(updates[i].param,)")],
+                                             test_driver.test_the_full_weight_of_a_slice_counts_them_too),
+    "tables sent for each kernel": (plan, [("hypers is not None and self.loaded is hypers", "False")],
+                                    test_driver.test_clipping_is_a_copy_two_launches_and_two_small_kernels),
+    # -- counts and numbers of the device --
+    "bias correction of the first step": (param_update, [("self.betas ** steps[:, None]", "self.betas ** (0 * steps[:, None] + 1)")], counted),
+    "maximize lost on the device": (param_update, [('{**group, "lr": fixed[0] or 0.0}', '{**group, "lr": fixed[0] or 0.0, "maximize": False}')],
+                                    lambda: test_capturable.test_it_is_torchs_adamw_as_lr_changes(test_capturable.OPTIONS[1], False)),
+    "weight decay lost on the device": (param_update, [('{**group, "lr": fixed[0] or 0.0}', '{**group, "lr": fixed[0] or 0.0, "weight_decay": 0}')],
+                                        counted),
+    "weight decay of a tensor lr lost": (param_update, [('1 - lr.double() * group["weight_decay"]', "1.0")],
+                                         lambda: test_capturable.test_it_is_torchs_adamw_as_lr_changes(test_capturable.OPTIONS[0], True)),
+    "found_inf dropped on the device": (step_cache, [("GradControl(grad_scale, found_inf=found_inf)", "GradControl(grad_scale)")], skipped(None)),
+    "found_inf dropped beside clipping": (step_cache, [("max_norm, found_inf)\n", "max_norm)\n")], skipped(0.5)),
+    "a skipped step is counted": (step_cache, [("(found_inf == 0).to(hypers.counts).reshape(())", "1")],
+                                 test_driver.test_under_found_inf_the_device_counts_no_step),
     # -- 8-bit moments --
     "8-bit second moments to nearest": (quantize8, [("    if bits is None:\n", "    if True:\n")],
                                         test_8bit.test_second_moments_neither_stall_nor_stick),

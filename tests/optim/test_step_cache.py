@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from alps_kernels.ops.adamw import launch, op
+from alps_kernels.ops.adamw import launch, plan
 from alps_kernels.ops.device import device_code
 from alps_kernels.optim import HeadAdamW, step_cache
 from alps_kernels.optim.first_steps import FIRST_STEPS
-from alps_kernels.optim.step_cache import ParamState
+from alps_kernels.optim.watched_state import ParamState
 from alps_kernels.selection import BoundParam
 from alps_kernels.tensors import synced_slices
 
@@ -50,7 +50,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch):
     code = type("Code", (), {"head_adamw_kernel": Kernel(), "head_grad_norm_kernel": Kernel()})
-    monkeypatch.setattr(op, "device_code", lambda name: code)
+    monkeypatch.setattr(plan, "device_code", lambda name: code)
     monkeypatch.setattr(synced_slices, "_BY_LEAF", {})  # sliced models of other tests, which each step looks for while they live
     return code.head_adamw_kernel
 
@@ -121,11 +121,11 @@ def test_launches_go_past_dispatch_from_the_second_on(kernel):
     assert kernel.seen[0][0] == grid and len(grid) == 3
     assert all(a is b if isinstance(a, torch.Tensor) and a.dtype == torch.int64 and a.ndim == 2 and len(a) == grid[0] else True
                for a, b in zip(kernel.seen[0][1], args, strict=True))
-    assert kernel.seen[0][1][4:] == args[4:]
+    assert kernel.seen[0][1][6:] == args[6:]
     # the binary takes every argument in the kernel's order, constants too
     real = device_code("head_adamw").head_adamw_kernel
-    assert ["tiles_ptr", "pointers_ptr", "hypers_ptr", "control_ptr", *names] == list(real.arg_names)
-    optimizer.max_grad_norm = 1.0  # control is then a tensor: another binary
+    assert ["tiles_ptr", "pointers_ptr", "hypers_ptr", "norm_ptr", "scale_ptr", "found_inf_ptr", "max_norm", *names] == list(real.arg_names)
+    optimizer.max_grad_norm = 1.0  # the norm is then a tensor: another binary
     optimizer.step()
     assert len(kernel.dispatched) == 2
     optimizer.step()
@@ -165,6 +165,8 @@ CHANGES = {
     "a state replaced by a plain dict": lambda p, o: o.state.update(
         {p["all"]: {k: v * 2 for k, v in o.state[p["all"]].items()}}),
     "a state lost": lambda p, o: o.state.pop(p["rows"]),
+    "all states replaced": lambda p, o: setattr(o, "state", type(o.state)(dict, {
+        k: ParamState({n: v * 2 for n, v in s.items()}) for k, s in o.state.items()})),
     "all states lost": lambda p, o: o.state.clear(),
     "weights elsewhere": lambda p, o: setattr(p["cols"], "data", p["cols"].data.clone() * 2),
     "a gradient of other strides": lambda p, o: setattr(p["all"], "grad", p["all"].grad.t().contiguous().t()),
@@ -177,8 +179,7 @@ CHANGES = {
 
 def stays_warm(optimizer):
     kept = optimizer._cache
-    grads = kept.hold(optimizer.param_groups, optimizer.state)
-    return grads is not None and kept.moved(grads) is not None
+    return kept.hold(optimizer.param_groups, optimizer.state) is not None
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -203,7 +203,7 @@ FAULTS = [
     (checkpoint, folders, ("            (folder / spent.relative_to(checkpoint)).unlink()", "            pass")),
     (export, loras, ("b, a = a.t(), b.t()", "pass")),
     (export, loras, ("return (spread, far, made) if cut.dim == 0 else (far.t(), spread.t(), made)", "return spread, far, made")),
-    (export, loras, ("places = torch.cat([torch.arange(start, stop)", "places = torch.cat([torch.arange(start - start, stop - start)")),
+    (export, loras, ("places = torch.cat([torch.arange(start, stop,", "places = torch.cat([torch.arange(start - start, stop - start,")),
     (export, loras, ("left / norm if norm else 0.0", "(left / norm) ** 2")),
     (export, loras, ("near, far = (u[:, :rank] * root).float()", "near, far = (u[:, -rank:] * root).float()")),
     (export, loras, ("                patch.cuts[biases[name]].put(_delta(patch, weights, biases[name]), bias)", "                pass")),

@@ -66,7 +66,7 @@ def plant_kernel(monkeypatch, folder, file: str, *edits: tuple[str, str], kernel
     """Let ops launch a copy of csrc_triton in `folder` in which `file` has these edits (interpreter)."""
     import csrc_triton
     from alps_kernels.ops import device as ops
-    from alps_kernels.ops.adamw import op as head_adamw
+    from alps_kernels.ops.adamw import plan as head_adamw
     from alps_kernels.ops.delta import tables as delta_tables
 
     name = "faulty_" + folder.name.replace("-", "_").replace(".", "_")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .param_update import Block, HyperRow, HyperTable, ParamUpdate
+from .param_update import Block, GradControl, HyperRow, HyperTable, ParamUpdate
 from .quantize8 import decode8, encode8, encode8_stochastically
 from .rounding import EXP_AVG_BITS, EXP_AVG_SQ_BITS, PARAM_BITS, join_master, random_bits, round_stochastically, split
 
@@ -15,7 +15,7 @@ PENDING = 2**20  # bytes of new values that wait for one another: they stay in t
 
 
 @torch.no_grad()
-def head_adamw_(updates: Sequence[ParamUpdate], hypers: HyperTable, *, control: Tensor | None = None,
+def head_adamw_(updates: Sequence[ParamUpdate], hypers: HyperTable, *, control: GradControl = GradControl(),
                 seed: int = 0) -> None:
     """One AdamW step, in place.
 
@@ -23,10 +23,9 @@ def head_adamw_(updates: Sequence[ParamUpdate], hypers: HyperTable, *, control: 
     `step` with it: an error or an interrupt on the way finds all of it done or nothing. Above
     `PENDING` bytes that holds for a run of parameters at a time.
     """
-    factor, skip = (1.0, 0.0) if control is None else control.tolist()
-    if skip != 0:
+    if control.skips():
         return
-    pairs, pending = [], 0
+    factor, pairs, pending = control.factor(), [], 0
     for update in updates:
         first = len(pairs)
         pairs += new_values(update, hypers, factor, seed)
@@ -100,6 +99,7 @@ def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, v_max: Tensor | None, hype
     return p.addcdiv_(m, root, value=-hyper.step_size), m, v, v_max
 
 
+@torch.no_grad()
 def head_grad_norm(updates: Sequence[ParamUpdate]) -> Tensor:
     """The l2 norm of the gradients over the selected blocks alone, a float64 scalar.
 
@@ -112,5 +112,5 @@ def head_grad_norm(updates: Sequence[ParamUpdate]) -> Tensor:
         for u in updates for block in (u.blocks if u.blocks is not None else (None,)) if u.grad.numel()
     ]
     if not norms:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]))

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .param_update import Block, HyperRow, HyperTable, ParamUpdate
+from .param_update import Block, GradControl, HyperRow, HyperTable, ParamUpdate
 from .quantize8 import decode8, encode8, encode8_stochastically
 from .rounding import EXP_AVG_BITS, EXP_AVG_SQ_BITS, PARAM_BITS, join_master, random_bits, round_stochastically, split
 
 
 @torch.no_grad()
-def head_adamw_(updates: Sequence[ParamUpdate], hypers: HyperTable, *, control: Tensor | None = None,
+def head_adamw_(updates: Sequence[ParamUpdate], hypers: HyperTable, *, control: GradControl = GradControl(),
                 seed: int = 0) -> None:
-    """One AdamW step on the selected blocks of many parameters, in place; `control`: gradient factor, skip."""
-    factor, skip = (1.0, 0.0) if control is None else control.tolist()
-    for update in updates if skip == 0 else ():
+    """One AdamW step on the selected blocks of many parameters, in place."""
+    factor = control.factor()
+    for update in updates if not control.skips() else ():
         rows = hypers.of(update)
         for block in (None,) if update.blocks is None else update.blocks:
             step_block(update, block, rows[block.span if len(rows) > 1 else 0], factor, seed)
@@ -84,4 +84,4 @@ def head_grad_norm(updates: Sequence[ParamUpdate]) -> Tensor:
     """The l2 norm of the gradients over the selected blocks alone, a float64 scalar."""
     grads = [u.grad if block is None else block.of(u.grad)
              for u in updates for block in (u.blocks if u.blocks is not None else (None,))]
-    return sum((grad.double().square().sum().cpu() for grad in grads), torch.zeros((), dtype=torch.float64)).sqrt()
+    return sum((grad.double().square().sum().cpu() for grad in grads), torch.zeros((), dtype=torch.float64, device="cpu")).sqrt()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -72,9 +72,9 @@ class HyperRow(NamedTuple):
     step: float
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], step: float, number: Callable = float) -> HyperRow:
-        """Those of step `step` (1, 2, ...), in the order in which torch computes them; `number` reads lr."""
-        lr, (beta1, beta2) = number(group["lr"]), map(float, group["betas"])
+    def of(cls, group: Mapping[str, Any], step: float) -> HyperRow:
+        """Those of step `step` (1, 2, ...), in the order in which torch computes them."""
+        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
         return cls(1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5,
                    group["eps"], lr / (1 - beta1**step), -1.0 if group["maximize"] else 1.0, step)
 
@@ -85,7 +85,8 @@ class HyperTable:
 
     Attributes:
         rows: of parameters whose step the host counts.
-        on_device: float64 [n, len(HyperRow)], of those whose step only their device counts (`capturable`).
+        on_device: float64 [n, len(HyperRow)], of those whose step only their device counts (`capturable`); with the
+            inverse of root2, as the kernel reads it.
     """
 
     rows: list[HyperRow] = field(default_factory=list)
@@ -96,13 +97,79 @@ class HyperTable:
         rows = slice(update.row, update.row + update.n_rows)
         if not update.counts_on_device:
             return self.rows[rows]
-        return [HyperRow(*row) for row in self.on_device[update.param.device][rows].tolist()]
+        return [HyperRow(*row)._replace(root2=1 / row[HyperRow._fields.index("root2")])
+                for row in self.on_device[update.param.device][rows].tolist()]
 
 
-def hyper_rows_on_device(group: Mapping[str, Any], steps: Tensor) -> Tensor:
-    """`HyperRow.of` in tensor operations, one row for each of `steps` (float64), on their device."""
-    row = HyperRow.of(group, steps, lambda lr: lr.to(steps) if isinstance(lr, Tensor) else torch.full_like(steps, lr))
-    return torch.stack([torch.ones_like(steps) * x for x in row], 1)
+class GradControl(NamedTuple):
+    """What a step does with the gradients first. Each tensor holds one number, on any device.
+
+    Attributes:
+        grad_scale: they are divided by it; None: by 1.
+        norm: the l2 norm of the unscaled gradients, to clip them; None: they are not clipped.
+        max_norm: the norm to which they are clipped.
+        found_inf: where it is not zero, nothing moves; None: everything does.
+    """
+
+    grad_scale: Tensor | None = None
+    norm: Tensor | None = None
+    max_norm: float = 0.0
+    found_inf: Tensor | None = None
+
+    def skips(self) -> bool:
+        """Nothing may move; waits for the device."""
+        return self.found_inf is not None and float(self.found_inf) != 0
+
+    def factor(self) -> float:
+        """What every gradient is multiplied by; waits for the device."""
+        factor = 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+        if self.norm is None:
+            return factor
+        clip = self.max_norm / (float(self.norm) + 1e-6)
+        return factor if clip >= 1 else factor * clip  # a NaN stays one
+
+    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None, float]:
+        """(norm float64, grad_scale and found_inf float32, max_norm), as the kernels take them."""
+        if self.norm is None and self.grad_scale is None and self.found_inf is None:
+            return None, None, None, 0.0
+        moved = [t if t is None or (t.device == device and t.dtype == dtype) else t.to(device, dtype) for t, dtype in (
+            (self.norm, torch.float64), (self.grad_scale, torch.float32), (self.found_inf, torch.float32))]
+        return *moved, float(self.max_norm)
+
+
+class DeviceHypers:
+    """The hyperparameters of parameters of one group whose steps only their device counts.
+
+    Args:
+        group: the param group; its lr may be a tensor.
+        counts: float32 [n], how many steps each took, on the device.
+    """
+
+    def __init__(self, group: Mapping[str, Any], counts: Tensor) -> None:
+        self.group, self.counts = group, counts
+        self.known: tuple = ()
+        self.base: Tensor | None = None  # float64 [n, len(HyperRow)]: what no step changes
+
+    @torch.no_grad()
+    def rows(self) -> Tensor:
+        """Of the step that follows those counted, float64 [n, len(HyperRow)], with the inverse of root2: 9 small kernels."""
+        group, columns = self.group, HyperRow._fields.index
+        lr, betas = group["lr"], tuple(map(float, group["betas"]))
+        fixed = lr if not isinstance(lr, Tensor) else None, betas, group["weight_decay"], group["eps"], group["maximize"]
+        if fixed != self.known:
+            row = HyperRow.of({**group, "lr": fixed[0] or 0.0}, 1.0)
+            # filled in place: a copy from the host is not to be had while a graph is captured
+            base = torch.stack([torch.full_like(self.counts, x, dtype=torch.float64) for x in row], 1)
+            self.known, self.base, self.betas = fixed, base, torch.stack(
+                [torch.full((), beta, dtype=torch.float64, device=base.device) for beta in betas])
+        table = self.base.clone()
+        steps = table[:, columns("step")].copy_(self.counts).add_(1)
+        corrections = 1 - self.betas ** steps[:, None]  # [n, 2]
+        torch.rsqrt(corrections[:, 1], out=table[:, columns("root2")])
+        torch.reciprocal(corrections[:, 0], out=table[:, columns("step_size")]).mul_(lr)
+        if fixed[0] is None:
+            table[:, columns("decay")] = 1 - lr.double() * group["weight_decay"]
+        return table
 
 
 @dataclass(eq=False)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -61,6 +64,7 @@ class Pointers(NamedTuple):
     seed: int
 
 
+GRAD_COLUMN = Pointers._fields.index("grad")
 WIDE = [i for i, name in enumerate(Pointers._fields[:9]) if not name.endswith("scale")]  # read 16 bytes at a time
 
 
@@ -82,7 +86,7 @@ def tiles_of(update: ParamUpdate, param: int) -> Tensor:
             height, width = 1, height * width
         pieces.append(_tiles(Tile(param, block.span if update.n_rows > 1 else 0, *starts, block.offset, *strides,
                                   block.stride, 0, width, 0, block.scale, copy_start, copy_stride), height, width))
-    return torch.cat(pieces) if pieces else torch.empty(0, len(Tile._fields), dtype=torch.int64)
+    return torch.cat(pieces) if pieces else torch.empty(0, len(Tile._fields), dtype=torch.int64, device="cpu")
 
 
 def _start(block: Block, stride: int) -> int:
@@ -92,7 +96,7 @@ def _start(block: Block, stride: int) -> int:
 def _tiles(first: Tile, height: int, width: int) -> Tensor:
     """The tiles of a rectangle whose row 0 and column 0 lie where `first` says."""
     n = height * width
-    at = torch.arange(0, n, TILE, dtype=torch.int64)
+    at = torch.arange(0, n, TILE, dtype=torch.int64, device="cpu")
     tiles = {name: torch.full_like(at, value) for name, value in first._asdict().items()}
     for name in ("p", "g", "s", "copy"):
         tiles[f"{name}_off"] += at if height == 1 else at // max(width, 1) * tiles[f"{name}_stride"]
@@ -115,23 +119,27 @@ def pointers_of(update: ParamUpdate, seed: int) -> Pointers:
 
 def with_grads(pointers: array, grads: Sequence[int]) -> array:
     """A pointer table, row after row, with other addresses of gradients."""
-    moved = array("q", pointers)
-    moved[Pointers._fields.index("grad")::len(Pointers._fields)] = array("q", grads)
+    moved = pointers[:]
+    moved[GRAD_COLUMN::len(Pointers._fields)] = array("q", grads)
     return moved
 
 
 def aligned(tiles: Tensor, pointers: Sequence[int]) -> bool:
     """Every access of these tiles may be 16 bytes wide."""
-    return not any(pointers[i] % 16 for i in WIDE) and not bool((tiles[:, LENGTHS] % VECTOR).any())
+    return at_16([pointers[i] for i in WIDE]) and not bool((tiles[:, LENGTHS] % VECTOR).any())
+
+
+def at_16(addresses: Iterable[int]) -> bool:
+    """All of them are multiples of 16."""
+    return not reduce(or_, addresses, 0) & 15
+
+
+def padded(tiles: Tensor, *counts: int) -> Tensor:
+    """The work list with tiles of nothing at its end, so that programs of any of these numbers of tiles find theirs."""
+    nothing = torch.tensor([Tile(*[0] * len(Tile._fields))._replace(width=TILE)], dtype=torch.int64, device="cpu")
+    return torch.cat([tiles, nothing.expand(-len(tiles) % math.lcm(*counts), -1)])
 
 
 def packed(rows: Sequence[HyperRow]) -> list[float]:
     """The hyperparameter table, row after row, as the kernel reads it: with the inverse of root2."""
     return [x for row in rows for x in (*row[:ROOT2], 1 / row[ROOT2], *row[ROOT2 + 1:])]
-
-
-def packed_on_device(table: Tensor) -> Tensor:
-    """The same of rows that are on their device, float64 [n, len(HyperRow)] -> float32."""
-    table = table.clone()
-    table[:, ROOT2].reciprocal_()
-    return table.float()

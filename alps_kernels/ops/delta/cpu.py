@@ -40,12 +40,12 @@ def _scored(kind: Callable[..., _Heads], layers: Sequence[Sequence[Any]], metric
             numbers: Sequence[int] | None) -> dict[str, Tensor]:
     """Every metric of all heads: fast where that is exact enough, the others one by one in float64."""
     if not layers:
-        return {name: torch.empty(0, dtype=torch.float64) for name in metrics}
+        return {name: torch.empty(0, dtype=torch.float64, device="cpu") for name in metrics}
     read = [kind(layer) for layer in layers]
     named = zip(read, numbers or range(len(read)), strict=True)
     heads = [(layer, h, number) for layer, number in named for h in range(layer.count)]
-    good = torch.tensor([layer.dtype == torch.float32 for layer, *_ in heads])
-    scores = {name: torch.zeros(len(heads), dtype=torch.float64) for name in metrics}
+    good = torch.tensor([layer.dtype == torch.float32 for layer, *_ in heads], device="cpu")
+    scores = {name: torch.zeros(len(heads), dtype=torch.float64, device="cpu") for name in metrics}
     with workers(layers[0][0].base.device) as at_work:
         at_work.spread(lambda form: form(), [form for layer in read for form in layer.forms])
         jobs, fast = [job for layer in read if layer.dtype == torch.float32 for job in _jobs(layer)], good.clone()

@@ -23,7 +23,7 @@ def exact(base: Tensor, delta: Tensor, metrics: Sequence[str], tau: float) -> di
         float64 [heads] per metric.
     """
     if not delta.any():
-        return {name: torch.zeros(len(base), dtype=torch.float64) for name in metrics}
+        return {name: torch.zeros(len(base), dtype=torch.float64, device="cpu") for name in metrics}
     moved = delta.norm(dim=1)
     # 0 / 0 is a head that stayed zero; anything else over 0 is infinitely far.
     scores = {"euclidean": moved, "relative": torch.where(moved == 0, 0.0, moved / base.norm(dim=1))}

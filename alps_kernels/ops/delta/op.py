@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..device import runs_kernels
 from . import cpu
 from .tables import LAUNCHABLE, Sums, flat_sums, projection_sums
 
@@ -77,7 +78,7 @@ def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str
     extra = bool({"kl", "js", "cosine"} & set(metrics))
     batches: dict[tuple | torch.device, list[int]] = {}
     for i, layer in enumerate(layers):
-        kernel = summed and (layer[0].base.is_cuda if backend is None else backend == "triton")
+        kernel = summed and (runs_kernels(layer[0].base) if backend is None else backend == "triton")
         kernel = kernel and all(side.dtype in LAUNCHABLE for s in layer for side in (s.base, s.task))
         kernel = kernel and not (projection and any(side.stride(2) != 1 for side in (layer[0].base, layer[0].task)))
         batches.setdefault(_kind(layer, projection) if kernel else layer[0].base.device, []).append(i)
@@ -101,7 +102,7 @@ def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str
                 some = [Segment(s.base, s.task, tuple(s.index[h] for h in rows)) for s in layers[i]]
                 for name, values in plain([some], summed, temperature=tau).items():
                     found[i][name][rows] = values
-    empty = torch.empty(0, dtype=torch.float64)
+    empty = torch.empty(0, dtype=torch.float64, device="cpu")
     return {name: torch.cat([empty, *(each[name] for each in found)]) for name in metrics}
 
 
@@ -131,12 +132,15 @@ def _check(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], temperat
     for i, segments in enumerate(layers):
         if not segments or len({len(s.index) for s in segments}) != 1 or not segments[0].index:
             raise ValueError(f"layer {i}: its segments are not of the same one or more heads")
+        devices = sorted({str(side.device) for s in segments for side in (s.base, s.task)})
+        if len(devices) > 1:
+            raise ValueError(f"layer {i}: its weights are on {' and '.join(devices)}; expected one device (give"
+                             " score_heads a device=)")
         for s in segments:
             if s.base.ndim != 3 or s.base.shape != s.task.shape or s.base.numel() == 0:
                 raise ValueError(f"layer {i}: base {list(s.base.shape)} and task {list(s.task.shape)}; "
                                  "expected one non-empty shape [n, rows, cols]")
-            if not (s.base.is_floating_point() and s.task.is_floating_point()) or s.base.device != s.task.device:
-                raise ValueError(f"layer {i}: base is {s.base.dtype} on {s.base.device}, task {s.task.dtype} on "
-                                 f"{s.task.device}; expected floating point on one device")
+            if not (s.base.is_floating_point() and s.task.is_floating_point()):
+                raise ValueError(f"layer {i}: base is {s.base.dtype}, task {s.task.dtype}; expected floating point")
             if outside := [k for k in s.index if not 0 <= k < len(s.base)]:
                 raise ValueError(f"layer {i}: a head reads matrix {outside[0]} of {len(s.base)}")

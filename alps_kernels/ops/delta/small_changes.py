@@ -77,7 +77,7 @@ class _Passes:
 
     def __init__(self, needed: Set[str], tau: float, workers: Workers) -> None:
         self.needed, self.tau, self.workers, self.held = needed, tau, workers, []
-        self._memory: Sequence[Tensor] = (torch.empty(0),)
+        self._memory: Sequence[Tensor] = (torch.empty(0, dtype=torch.float32, device="cpu"),)
         self._parts: dict[str, list[Tensor]] = defaultdict(list)  # by stretch, float32
         self.sums: dict[str, Tensor] = {}  # float64
 

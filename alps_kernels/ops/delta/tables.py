@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, namedtuple
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..device import device_code, on_device, triton_type
+from ..launching import launching
 from .small_changes import CANCELLED, CONCENTRATED, cosine_distance
 
 BLOCK = 2048  # elements of a tile: 64 for each thread of a warp
@@ -59,7 +60,7 @@ def flat_sums(layers: Sequence[Sequence[Any]], tau: float, norms: bool, extra: b
     kernels = device_code("head_delta")
     sums = Sums(len(sizes), slots, torch.tensor(sizes, dtype=torch.float64, device=device))
     common = {"BLOCK": BLOCK, "LANES": LANES, "num_warps": 1, "enable_fp_fusion": True}
-    with on_device(device):
+    with on_device(device), launching():
         for key, table in tiles.items():
             kernels.head_delta_stats_kernel[(len(table),)](
                 table, segments, sums.stats, 1 / tau, BASE=triton_type(key.base), TASK=triton_type(key.task),
@@ -83,7 +84,7 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, norms: b
         first = sum(map(len, products[0]))
         for out, product in zip(products, _group_products(k, v, list(pairs)), strict=True):
             out.append(product)
-        groups = torch.tensor([first + pairs[pair] for pair in zip(k.index, v.index, strict=True)])
+        groups = _whole_numbers(first + pairs[pair] for pair in zip(k.index, v.index, strict=True))
         rows.append(torch.stack(HeadRow(_addresses(q.base, q.index), _addresses(q.task, q.index), groups), 1))
     where = torch.cat(rows).to(device)  # [heads, HeadRow]
     m_base, m_task, m_delta = (torch.cat(product).float() for product in products)
@@ -94,10 +95,13 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, norms: b
         "BASE": triton_type(q.base.dtype), "TASK": triton_type(q.task.dtype), "D_K": d_k, "D_V": d_v,
         "V_PAD": max(16, 1 << (d_v - 1).bit_length()), "ROWS": ROWS, "K_BLOCK": K_BLOCK,
         # Three passes of the tensor cores come to float32's precision; AMD's have float32 of their own.
-        "PRECISION": "ieee" if torch.version.hip else "tf32x3", "num_warps": 4, "enable_fp_fusion": True,
+        "PRECISION": "ieee" if torch.version.hip else "tf32x3", "enable_fp_fusion": True,
+        # Triton's own 3 stages take up to 200 KB of shared memory, more than most GPUs have. Past 128 columns two
+        # do too, and 4 warps spill registers.
+        "num_stages": 1 if torch.version.hip or d_v > 128 else 2, "num_warps": 8 if d_v > 128 else 4,
     }
     strides = (d_model, q.base.stride(1), q.task.stride(1), 1 / tau)
-    with on_device(device):
+    with on_device(device), launching():
         kernels.projection_stats_kernel[(heads, slots)](
             where, m_base, m_task, m_delta, sums.stats, *strides, NORMS=norms, **common)
         kernels.projection_scan_kernel[(heads, slots)](
@@ -113,8 +117,13 @@ def _group_products(k: Any, v: Any, pairs: list[tuple[int, int]]) -> tuple[Tenso
             (k_task - k_base) @ v_task.mT + k_base @ (v_task - v_base).mT)
 
 
+def _whole_numbers(values: Iterable[int]) -> Tensor:
+    """int64, on the CPU whatever the default device is."""
+    return torch.tensor([*values], dtype=torch.int64, device="cpu")
+
+
 def _addresses(blocks: Tensor, index: Sequence[int]) -> Tensor:
-    return blocks.data_ptr() + torch.tensor(index) * (blocks.stride(0) * blocks.element_size())
+    return blocks.data_ptr() + _whole_numbers(index) * (blocks.stride(0) * blocks.element_size())
 
 
 def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[TileKind, Tensor], Tensor, list[int]]:
@@ -122,14 +131,14 @@ def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[TileKi
     tiles, segments, sizes = defaultdict(list), [], []
     n_segments = 0
     for layer in layers:
-        heads = torch.arange(len(layer[0].index))
+        heads = _whole_numbers(range(len(layer[0].index)))
         first_slot = (len(sizes) + heads) * slots
         for position, s in enumerate(layer):
             size, cols = s.base[0].numel(), s.base.shape[2]
             where = [_addresses(side, s.index) for side in (s.base, s.task)]
-            row = SegmentRow(*where, *map(torch.tensor, (cols, *s.base.stride()[1:], *s.task.stride()[1:], 0)))
+            row = SegmentRow(*where, *_whole_numbers((cols, *s.base.stride()[1:], *s.task.stride()[1:], 0)))
             segments.append(torch.stack(torch.broadcast_tensors(*row), 1))
-            start = torch.arange(0, size, BLOCK)
+            start = _whole_numbers(range(0, size, BLOCK))
             count = (size - start).clamp(max=BLOCK)
             last = torch.zeros_like(start)
             last[-1] = position == len(layer) - 1
@@ -137,7 +146,7 @@ def _work_list(layers: Sequence[Sequence[Any]], slots: int) -> tuple[dict[TileKi
                        for side, w in zip((s.base, s.task), where, strict=True)) and size % 16 == 0
             at = ([w[:, None] + start * side.element_size() for side, w in zip((s.base, s.task), where, strict=True)]
                   if flat else [(n_segments + heads)[:, None], start])
-            row = TileRow(*at, first_slot[:, None] + torch.arange(len(start)), count, last)
+            row = TileRow(*at, first_slot[:, None] + _whole_numbers(range(len(start))), count, last)
             grid = torch.stack(torch.broadcast_tensors(*row), -1)  # [heads, tiles of a head, TileRow]
             full = (count == BLOCK) & flat
             for which in (full, ~full):
@@ -159,8 +168,8 @@ class Sums:
 
     def __init__(self, heads: int, slots: int, sizes: Tensor) -> None:
         self.sizes = sizes
-        self.stats = torch.zeros(heads, slots, len(StatRow._fields), device=sizes.device)
-        self.scans = torch.zeros(heads, slots, len(ScanRow._fields), device=sizes.device)
+        self.stats = sizes.new_zeros(heads, slots, len(StatRow._fields), dtype=torch.float32)
+        self.scans = sizes.new_zeros(heads, slots, len(ScanRow._fields), dtype=torch.float32)
 
     def between(self) -> Tensor:
         """What each tile of pass B starts from, float32 [heads, slots, StartRow].

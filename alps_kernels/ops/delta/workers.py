@@ -59,7 +59,7 @@ class Workers:
         """1, 2, ..., n in float32; the thread keeps them."""
         held = vars(self._local).get("counted")
         if held is None or len(held) < n:
-            held = self._local.counted = torch.arange(1.0, n + 1, device=device)
+            held = self._local.counted = torch.arange(1.0, n + 1, dtype=torch.float32, device=device)
         return held[:n]
 
 
