@@ -96,6 +96,7 @@ class HeadAdamW(torch.optim.Optimizer):
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.grad_norm: Tensor | None = None
         self._launches, self._cache = Launches(), None  # tables and arguments of the last step, for the next
+        self.stepped_alone: list[Tensor] | None = None  # see `sync_after_step`
         super().__init__(params, {**plain.defaults, "master": master, "moment_dtype": moment_dtype})
         self.state = StateTable.of(self.state)
         self._train(heads, make_slots(self.param_groups, heads))
@@ -218,14 +219,14 @@ class HeadAdamW(torch.optim.Optimizer):
         try:
             if cache is not self._cache:
                 cache.settle(self.param_groups, self.state)
-                self._cache = cache
+                self._cache, self.stepped_alone = cache, cache.alone
             how = {"seed": self.seed, "launches": self._launches, "backend": self._backend}
             hypers = cache.hypers()
             control = cache.control(hypers, getattr(self, "grad_scale", None), found_inf, self.max_grad_norm, **how)
             self.grad_norm = self.grad_norm if control.norm is None else control.norm
             head_adamw_(updates, hypers, control=control, **how)
         except BaseException:  # an interrupt too
-            self._cache = None
+            self._cache = self.stepped_alone = None
             cache.undo(self.state)
             raise
         cache.count(found_inf, self._launches.plain)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops import DeviceHypers, GradControl, HyperRow, HyperTable, Launches, ParamUpdate, head_grad_norm
-from ..tensors import sum_of_squares, synced_slice_of
+from ..tensors import SyncedSlice, sum_of_squares, synced_slice_of, written_together
 from .state import Slot, check_grad, check_state
 from .watched_state import ParamState, StateTable
 
@@ -21,6 +21,8 @@ except ImportError:  # private to torch: it may go
     TensorGuards = None
 
 ADDRESS = Tensor.data_ptr
+ARE_AT = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # in C++, where torch is built for CUDA
+PLACES: dict[int, list[int]] = {}
 NOTHING = GradControl()  # gradients are taken as they are
 
 
@@ -57,8 +59,13 @@ class StepCache:
                 self.states.append(entry if type(entry) is ParamState else ParamState(entry))
                 of_groups.append(group)
         self.params = [update.owner for update in updates]
-        self.copies = [(synced_slice_of(u.param), u) for u in updates if u.weight_copy is not None]
-        self.fixed = [*(u.param for u in updates), *(u.weight_copy for _, u in self.copies)]
+        copied = [u for u in updates if u.weight_copy is not None]
+        self.leaves, self.copies = [u.param for u in copied], [u.weight_copy for u in copied]
+        self.slices = [synced_slice_of(leaf) for leaf in self.leaves]
+        self.addresses = [(leaf.data_ptr(), weight.data_ptr()) for leaf, weight in zip(self.leaves, self.copies, strict=True)]
+        self.alone: list[Tensor] = []  # leaves whose full weight the step does not write
+        self.adopted = SyncedSlice.adopted
+        self.fixed = [*(u.param for u in updates), *self.copies]
         self.pointers = list(map(Tensor.data_ptr, self.fixed)), [u.grad.data_ptr() for u in updates]
         self.shape_of_grads = _Likeness([u.grad for u in updates])
         self.held = True  # the updates hold gradients
@@ -101,6 +108,8 @@ class StepCache:
         self.device_hypers = [DeviceHypers(group, _joined(members)) for group, members in self.on_device]
         for entry, update in zip(self.states, self.updates, strict=True):
             update.step = entry["step"]
+        copied = set(map(id, self.leaves))
+        self.alone = [p for g in groups for p in g["params"] if id(p) not in copied and synced_slice_of(p) is not None]
         if type(state) is StateTable and not any(update.sharded for update in self.updates):
             # of shards more may change than is looked at
             self.known = ParamState.changes, state, [(list(g["params"]), g["amsgrad"]) for g in groups]
@@ -118,14 +127,16 @@ class StepCache:
         grads = [p.grad for p in self.params]
         if not self.shape_of_grads.same(grads) or (self.absent and any([p.grad is not None for p in self.absent])):
             return None
-        for synced, update in self.copies:
-            if synced.weight is not update.weight_copy or not synced.writable(update.param):
-                return None
-        return grads if list(map(ADDRESS, self.fixed)) == self.pointers[0] else None
+        if self.slices and (self.adopted != SyncedSlice.adopted or not all(
+                map(is_, [one.module._parameters.get(one.name) for one in self.slices], self.copies))):
+            return None
+        return grads if _lie_at(self.fixed, self.pointers[0]) else None
 
-    def moved(self, grads: Sequence[Tensor]) -> bool:
+    def moved(self, grads: list[Tensor]) -> bool:
         """A gradient lies elsewhere than at the last step."""
         fixed, before = self.pointers
+        if ARE_AT is not None and _lie_at(grads, before):
+            return False
         now = list(map(ADDRESS, grads))
         if now == before:
             return False
@@ -192,8 +203,8 @@ class StepCache:
             done = set(map(id, plain))
             steps = [update.step for update in self.updates if id(update) not in done]
             torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]).reshape(()))
-        for synced, update in self.copies:
-            synced.written(update.param)
+        if self.slices and found_inf is None:  # else only the device knows whether they were written
+            written_together(self.slices, self.leaves, self.copies, self.addresses)
         self.aged = [(group, age + 1) for group, age in self.aged]
         if self.fresh:
             self.fresh = []
@@ -205,6 +216,12 @@ class StepCache:
         for param in self.fresh:
             if param in state and not state[param]["step"].any():
                 del state[param]
+
+
+def _lie_at(tensors: list[Tensor], addresses: list[int]) -> bool:
+    if ARE_AT is None:
+        return list(map(ADDRESS, tensors)) == addresses
+    return ARE_AT(tensors, addresses, PLACES.setdefault(len(addresses), list(range(len(addresses)))))
 
 
 def _joined(states: Sequence[ParamState]) -> Tensor:

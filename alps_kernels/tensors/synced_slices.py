@@ -8,7 +8,7 @@ parameter, which is the truth, and multiplies with the full weight, which follow
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,6 +37,8 @@ class SyncedSlice:
         trained_before: `requires_grad` of the full parameter before it was sliced.
     """
 
+    adopted = 0  # how often any of them took other parameters for its own
+
     def __init__(self, module: nn.Module, name: str, dim: int, ranges: Ranges, trained_before: bool) -> None:
         self.module, self.name, self.dim, self.ranges, self.trained_before = module, name, dim, ranges, trained_before
         self.always = False  # a CUDA graph that is replayed changes both unseen
@@ -47,7 +49,6 @@ class SyncedSlice:
         self._stamp: tuple | None = None
         self._cached_views: tuple | None = None
         self.formed = False  # a gradient, since weight and leaf last agreed
-        self._both_written = False
         self._grad_mode: bool | None = None  # of the last forward
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,6 +98,7 @@ class SyncedSlice:
     def adopt(self) -> None:
         """From now on the module's parameters are these objects. They count as different until a copy."""
         weight, leaf = self.weight, self.leaf
+        SyncedSlice.adopted += 1
         self._adopted = (weakref.ref(weight), weakref.ref(leaf))
         self._stamp = self._cached_views = None
         _register(_BY_WEIGHT, weight, self)
@@ -114,7 +116,7 @@ class SyncedSlice:
 
     def written(self, leaf: Tensor) -> None:
         """Whoever calls this has just made the weight's slices and the leaf equal."""
-        self.formed, self._both_written = False, True
+        self.formed = False
         self._stamp = self._now(self.weight, leaf)
 
     def stale(self, weight: Tensor, leaf: Tensor) -> bool:
@@ -177,15 +179,22 @@ class SyncedSlice:
         return views
 
     def stepped(self, leaf: Tensor) -> None:
-        """An optimizer made a step on the leaf: copy, unless it wrote the weight too (`written`).
+        """An optimizer made a step on the leaf alone: copy.
 
         The next forward copies once more: whoever steps may also clip or shrink through `.data`.
         """
         weight, formed = self.weight, self.formed
-        both_written, self._both_written = self._both_written, False
-        if self.owns(weight, leaf) and (self.stale(weight, leaf) or (leaf.grad is not None and not both_written)):
+        if self.owns(weight, leaf) and (self.stale(weight, leaf) or leaf.grad is not None):
             self.copy(weight, leaf)
             self.formed = formed
+
+
+def written_together(slices: Sequence[SyncedSlice], leaves: Sequence[Tensor], weights: Sequence[Tensor],
+                     addresses: Sequence[tuple[int, int]]) -> None:
+    """`SyncedSlice.written` of many, whose leaves and weights are known to be these and to lie there."""
+    for synced, leaf, weight, (of_leaf, of_weight) in zip(slices, leaves, weights, addresses, strict=True):
+        synced.formed = False
+        synced._stamp = leaf._version, of_leaf, weight._version, of_weight
 
 
 def synced_slice_of(param: Tensor) -> SyncedSlice | None:
@@ -231,10 +240,10 @@ def sync_after_step(optimizer: torch.optim.Optimizer, args: tuple = (), kwargs: 
     """Weights follow their leaves right after a step of any optimizer, so that every reader sees them."""
     if not _BY_LEAF or torch.compiler.is_compiling():
         return
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if (synced := _found(_BY_LEAF, param)) is not None:
-                synced.stepped(param)
+    alone = getattr(optimizer, "stepped_alone", None)  # our own optimizer says which leaves it did not copy
+    for param in alone if alone is not None else [p for group in optimizer.param_groups for p in group["params"]]:
+        if (synced := _found(_BY_LEAF, param)) is not None:
+            synced.stepped(param)
 
 
 STEP_HOOK = register_optimizer_step_post_hook(sync_after_step)

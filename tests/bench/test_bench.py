@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: rows, gate, the report from rows alone; test_gpu_run.py: that of `make gpu`."""
+"""Rows, the gate, the report from rows alone; test_gpu_run.py and test_gpu_rows.py: `make gpu`."""
 
 import csv
 

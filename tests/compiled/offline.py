@@ -69,8 +69,10 @@ def resources(built) -> Resources:
         found = {key: int(value) for key, value in re.findall(
             r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", built.asm["amdgcn"])}
         return Resources(found["vgpr_count"], found["private_segment_fixed_size"], found["vgpr_spill_count"], shared)
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", built, "-res-usage"))}
-    return Resources(found["REG"], found["STACK"] + found["LOCAL"], len(re.findall(r"\b(?:LDL|STL)\b", sass(built))), shared)
+    usage = _tool("cuobjdump", built, "-res-usage")
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass(built)))
+    return Resources(found["REG"], found["STACK"] + found["LOCAL"], spills, shared)
 
 
 def spill_free(built) -> bool:
@@ -101,7 +103,7 @@ def in_flight(built) -> int:
     """
     asked, waiting = 0, set()
     for _, predicate, op, operands in _lines(sass(built)):
-        registers = [{int(at), int(at) + 1} if pair else {int(at)} for at, pair in re.findall(r"\bR(\d+)(\.64)?", operands)]
+        registers = [{int(at), int(at) + bool(pair)} for at, pair in re.findall(r"\bR(\d+)(\.64)?", operands)]
         load = op.startswith("LDG")
         if waiting & set().union(*registers[load:]):
             break
@@ -132,9 +134,10 @@ def count(built, opcode: str) -> int:
 
 
 def fast_path(built) -> list[str]:
-    """Opcodes on the shortest way from entry to exit that enters no loop: what runs where every branch is the cheap one."""
+    """Opcodes on the shortest way from entry to exit that enters no loop: what runs where every branch is cheap."""
     opcodes, after = _instructions(sass(built))
-    loops = {target for i, targets in enumerate(after) for target in targets if target <= i and i in _reached(after, {target})}
+    loops = {target for i, targets in enumerate(after) for target in targets
+             if target <= i and i in _reached(after, {target})}
     came, queue = dict.fromkeys(loops) | {0: None}, [0]
     for i in queue:
         if END in after[i]:

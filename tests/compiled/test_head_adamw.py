@@ -175,7 +175,8 @@ def _bounded(made, text):
     operands = re.findall(r"%\w+", text.split(":")[0])
     source = made.get(operands[0], "")
     while source.startswith(("tt.broadcast", "tt.expand_dims", "arith.muli")):
-        if source.startswith("arith.muli") and not any("dense<8>" in made.get(o, "") for o in re.findall(r"%\w+", source)):
+        eight = any("dense<8>" in made.get(o, "") for o in re.findall(r"%\w+", source))
+        if source.startswith("arith.muli") and not eight:
             return False
         source = made.get(re.findall(r"%\w+", source)[0], "")
     return source.startswith(("arith.divsi", "arith.remsi", "tt.make_range", "arith.constant"))

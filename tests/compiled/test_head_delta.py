@@ -22,7 +22,8 @@ from .cases import LAYOUTS, WANTED, projection_launches, score_launches
 DTYPES = ("bf16", "fp16", "fp32")
 KERNELS = {"stats": "head_delta_stats_kernel", "scan": "head_delta_scan_kernel"}
 PRODUCTS = {"stats": "projection_stats_kernel", "scan": "projection_scan_kernel"}
-PASSES = {"stats": ("stats", "all"), "stats of pad": ("stats", "pad"), "scan": ("scan", "all"), "scan of pad": ("scan", "pad")}
+PASSES = {"stats": ("stats", "all"), "stats of pad": ("stats", "pad"),
+          "scan": ("scan", "all"), "scan of pad": ("scan", "pad")}
 
 
 def compiled(which, target="sm_90", *case, **options):
@@ -44,8 +45,10 @@ def test_a_launch_is_that_of_its_case(layout, metrics):
     for target, lanes in (("sm_90", 32), ("gfx942", 64)):
         stats, scan = (score_launches(target, "fp32", "bf16", layout, metrics)[name] for name in KERNELS.values())
         for launch in (stats, scan):
-            assert (str(launch.argument("BASE")), str(launch.argument("TASK")), launch.argument("LANES")) == ("fp32", "bf16", lanes)
-            assert (launch.argument("FLAT"), launch.argument("FULL")) == (layout != "strided", layout == "full")
+            found = {key: launch.argument(key) for key in ("BASE", "TASK", "LANES", "FLAT", "FULL")}
+            assert {key: str(value) for key, value in found.items()} == {
+                "BASE": "fp32", "TASK": "bf16", "LANES": str(lanes), "FLAT": str(layout != "strided"),
+                "FULL": str(layout == "full")}
         assert stats.argument("NORMS") == scan.argument("EXTRA") == (metrics == "all")
 
 
@@ -67,7 +70,8 @@ def test_passes_have_the_resources_that_they_need(name, target):
     if target in offline.NVIDIA:
         assert built.metadata.shared == 0
         asked, needed = offline.in_flight(built), offline.needed(built)
-        assert asked >= needed * SHORT.get((name, target), 1), (offline.resources(built), offline.resident(built), asked, needed)
+        found = offline.resources(built), offline.resident(built), asked, needed
+        assert asked >= needed * SHORT.get((name, target), 1), found
     else:  # 8 waves of a compute unit: two for each of its SIMDs, so that one computes while the other waits
         assert offline.resident(built) * built.metadata.num_warps >= 8
 
@@ -102,7 +106,8 @@ def test_projection_of_wide_heads_fits_the_smallest_shared_memory(target):
 def test_the_stages_that_triton_takes_by_itself_are_seen():
     launch = projection_launches("sm_120", "fp32")["projection_scan_kernel"]
     check_product(launch.compile("sm_120"))
-    of_triton = replace(launch, options={k: v for k, v in launch.options.items() if k != "num_stages"}).compile("sm_120")
+    options = {name: value for name, value in launch.options.items() if name != "num_stages"}
+    of_triton = replace(launch, options=options).compile("sm_120")
     assert of_triton.metadata.num_stages == 3
     with pytest.raises(AssertionError):
         check_product(of_triton)
@@ -115,8 +120,10 @@ def test_the_stages_that_triton_takes_by_itself_are_seen():
 def test_every_variant_compiles_for_every_target_without_spills(task, base, target):
     spilling = [(which, layout, metrics) for layout in LAYOUTS for metrics in WANTED for which in KERNELS
                 if not offline.spill_free(compiled(which, target, base, task, layout, metrics))]
-    # One of 252: 16 bytes of stack where float32 weights that do not lie flat are scanned for all metrics.
-    assert spilling == ([("scan", "strided", "all")] if (base, task, target) == ("fp32", "fp32", "sm_100") else [])
+    # One of 756, with Triton 3.9 and not with 3.6: 16 bytes of stack where float32 weights that do not lie flat are
+    # scanned for all metrics.
+    known = [("scan", "strided", "all")] if (base, task, target) == ("fp32", "fp32", "sm_100") else []
+    assert spilling == (known if triton.__version__ >= "3.9" else [])
 
 
 @pytest.mark.slow

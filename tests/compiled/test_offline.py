@@ -78,8 +78,8 @@ def _loop_kernel(x_ptr, n, ALWAYS: tl.constexpr):
 
 def test_the_fast_path_goes_round_loops():
     for target in offline.NVIDIA:
-        without, always = (Launch(_loop_kernel, (1,), (torch.zeros(4096), 5), {"ALWAYS": always, "enable_fp_fusion": False}).compile(target)
-                           for always in (False, True))
+        without, always = (Launch(_loop_kernel, (1,), (torch.zeros(4096), 5), {
+            "ALWAYS": always, "enable_fp_fusion": False}).compile(target) for always in (False, True))
         assert [op.split(".")[0] for op in offline.fast_path(without)].count("LDG") == 1
         with pytest.raises(ValueError, match="loop"):
             offline.fast_path(always)

@@ -82,16 +82,17 @@ class Plan:
         """Take these addresses; False where this plan cannot."""
         flat = array("q", chain.from_iterable(pointers))
         if flat != self.pointers:
-            if not all(not fit or at_16([row[i] for i in WIDE]) for fit, row in zip(self.fits, pointers, strict=True)):
+            if not all(not fit or at_16(array("q", [row[i] for i in WIDE])) for fit, row in zip(self.fits, pointers, strict=True)):
                 return False
             self.pointers = flat
         return True
 
     def move(self, grads: Sequence[int]) -> bool:
         """Take these addresses of the gradients; False where this plan cannot."""
-        if not at_16(grads) and any([fit and grad & 15 for fit, grad in zip(self.fits, grads, strict=True)]):
+        moved = array("q", grads)
+        if not at_16(moved) and any([fit and grad & 15 for fit, grad in zip(self.fits, grads, strict=True)]):
             return False
-        self.pointers = with_grads(self.pointers, grads)
+        self.pointers = with_grads(self.pointers, moved)
         return True
 
     def upload(self, hypers: HyperTable | None = None) -> None:

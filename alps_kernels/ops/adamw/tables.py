@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from array import array
-from collections.abc import Iterable, Sequence
-from functools import reduce
-from operator import or_
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,6 +63,8 @@ class Pointers(NamedTuple):
     seed: int
 
 
+LOWEST = 0 if sys.byteorder == "little" else 7
+SIXTEENS = bytes(range(0, 256, 16))
 GRAD_COLUMN = Pointers._fields.index("grad")
 WIDE = [i for i, name in enumerate(Pointers._fields[:9]) if not name.endswith("scale")]  # read 16 bytes at a time
 
@@ -117,21 +118,21 @@ def pointers_of(update: ParamUpdate, seed: int) -> Pointers:
                     seed - 2**64 * (seed >= 2**63))
 
 
-def with_grads(pointers: array, grads: Sequence[int]) -> array:
+def with_grads(pointers: array, grads: array) -> array:
     """A pointer table, row after row, with other addresses of gradients."""
     moved = pointers[:]
-    moved[GRAD_COLUMN::len(Pointers._fields)] = array("q", grads)
+    moved[GRAD_COLUMN::len(Pointers._fields)] = grads
     return moved
 
 
 def aligned(tiles: Tensor, pointers: Sequence[int]) -> bool:
     """Every access of these tiles may be 16 bytes wide."""
-    return at_16([pointers[i] for i in WIDE]) and not bool((tiles[:, LENGTHS] % VECTOR).any())
+    return at_16(array("q", [pointers[i] for i in WIDE])) and not bool((tiles[:, LENGTHS] % VECTOR).any())
 
 
-def at_16(addresses: Iterable[int]) -> bool:
-    """All of them are multiples of 16."""
-    return not reduce(or_, addresses, 0) & 15
+def at_16(addresses: array) -> bool:
+    """All of them are multiples of 16: their lowest bytes tell."""
+    return not addresses.tobytes()[LOWEST::8].translate(None, SIXTEENS)
 
 
 def padded(tiles: Tensor, *counts: int) -> Tensor:
