@@ -150,9 +150,9 @@ class HeadAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient. Checks everything before the first write.
 
-        Inside a compiled function it runs as it is, between compiled parts. `fullgraph=True` is
-        not to be had: `zero_grad`, and the wrapper that torch puts around every optimizer's
-        `step`, are not traced (torch 2.13), torch's AdamW included.
+        With `capturable` a CUDA graph may hold it, which takes no time of the host: docs/cookbook.md.
+        Inside a compiled function it runs as it is, between compiled parts; with `fullgraph=True` torch
+        traces no optimizer's `zero_grad` and `step` (2.13), its own included.
 
         Args:
             closure: evaluates the model again and returns the loss.

@@ -24,6 +24,7 @@ ADDRESS = Tensor.data_ptr
 ARE_AT = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # in C++, where torch is built for CUDA
 PLACES: dict[int, list[int]] = {}
 NOTHING = GradControl()  # gradients are taken as they are
+ONE = torch.ones((), dtype=torch.float32, device="cpu")  # a number would take three times as long to add
 
 
 class StepCache:
@@ -196,7 +197,7 @@ class StepCache:
         """
         if not plain:
             if self.counts is not None:
-                self.counts += 1
+                self.counts.add_(ONE)
             for hypers in self.device_hypers:
                 hypers.counts += 1 if found_inf is None else (found_inf == 0).to(hypers.counts).reshape(())
         elif len(plain) < len(self.updates):
