@@ -15,6 +15,7 @@ tail = lambda: checks.test_every_metric_equals_the_oracle(3, 21, "", torch.float
 large = lambda: checks.test_temperature(0.05)  # noqa: E731
 near = lambda: checks.test_small_differences_survive(4e-3)  # noqa: E731, just within the short series
 project = lambda: checks.test_projection_equals_the_oracle(20, 24, 33)  # noqa: E731
+warm = lambda: checks.test_projection_at_other_temperatures(0.5)  # noqa: E731
 
 FAULTS = {
     "carry between tiles is lost": (KERNELS, "state = (start[START_CARRY],", "state = (start[START_CARRY] * 0.0,", tiles),
@@ -37,6 +38,13 @@ FAULTS = {
     "temperature is ignored": (KERNELS, "e = tl.exp2(b * (inv_tau * LOG2E))", "e = tl.exp2(b * LOG2E)", large),
     "change of k and v is left out": (PROJECTION, "        dw = tl.dot(qb_rows, md, acc=dw, input_precision=PRECISION)\n", "", project),
     "change of q meets the base's k and v": (PROJECTION, "tl.dot(tl.trans(qt - qb), mt,", "tl.dot(tl.trans(qt - qb), mb,", project),
+    "temperature twice in pass A of projection": (PROJECTION, "e = tl.where(mask, tl.exp2(w * (inv_tau * LOG2E)), 0.0)",
+                                                  "e = tl.where(mask, tl.exp2(w * (inv_tau * inv_tau * LOG2E)), 0.0)", warm),
+    "temperature twice in the moves of projection": (PROJECTION, "    if farthest <= TAYLOR:\n        moved",
+                                                     "    inv_tau *= inv_tau\n    if farthest <= TAYLOR:\n        moved", warm),
+    "temperature twice in pass B of projection": (PROJECTION, "inside, sums = step(w, dw, mask, start, inv_tau,",
+                                                  "inside, sums = step(w, dw, mask, start, inv_tau * inv_tau,", warm),
+    "temperature is ignored in pass B": (SUMS, "e = tl.exp2(tl.fma(b, inv_tau * LOG2E, -shift))", "e = tl.exp2(tl.fma(b, LOG2E, -shift))", large),
     "columns beyond d_v": (PROJECTION, "offs_m = group * (D_K * D_V) + ks * D_V", "offs_m = group * (D_K * D_V) + ks * V_PAD", project),
     "a projection's carry is lost": (PROJECTION, "before = start[START_CARRY] +", "before = 0.0 * start[START_CARRY] +", project),
     "a partial tile is taken as full": (None, "full = (count == BLOCK) & flat", "full = count > 0",

@@ -114,6 +114,13 @@ def test_projection_equals_the_oracle(d_k, d_v, d):
     close(found, plain.head_delta_projection([layer, other], SUMMED))
 
 
+@pytest.mark.parametrize("tau", [0.5, 3.0])
+def test_projection_at_other_temperatures(tau):
+    layer = tuple(segment(2, 16, 40, seed=seed, delta=1e-3) for seed in range(3))
+    layer = tuple(Segment(4 * s.base, 4 * s.task, s.index) for s in layer)  # so that the weights, not the uniform part, decide
+    close(head_delta_projection([layer], SUMMED, temperature=tau, backend="triton"), projection_oracle([layer], tau))
+
+
 def test_identical_models_score_exactly_zero():
     base, _ = pair(2, 8, 40)
     found = head_delta([[Segment(base, base.clone(), (0, 1))]], METRICS, backend="triton")
