@@ -21,8 +21,6 @@ except ImportError:  # private to torch: it may go
     TensorGuards = None
 
 ADDRESS = Tensor.data_ptr
-ARE_AT = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)  # in C++, where torch is built for CUDA
-PLACES: dict[int, list[int]] = {}
 NOTHING = GradControl()  # gradients are taken as they are
 ONE = torch.ones((), dtype=torch.float32, device="cpu")  # a number would take three times as long to add
 
@@ -131,13 +129,11 @@ class StepCache:
         if self.slices and (self.adopted != SyncedSlice.adopted or not all(
                 map(is_, [one.module._parameters.get(one.name) for one in self.slices], self.copies))):
             return None
-        return grads if _lie_at(self.fixed, self.pointers[0]) else None
+        return grads if list(map(ADDRESS, self.fixed)) == self.pointers[0] else None
 
     def moved(self, grads: list[Tensor]) -> bool:
         """A gradient lies elsewhere than at the last step."""
         fixed, before = self.pointers
-        if ARE_AT is not None and _lie_at(grads, before):
-            return False
         now = list(map(ADDRESS, grads))
         if now == before:
             return False
@@ -217,12 +213,6 @@ class StepCache:
         for param in self.fresh:
             if param in state and not state[param]["step"].any():
                 del state[param]
-
-
-def _lie_at(tensors: list[Tensor], addresses: list[int]) -> bool:
-    if ARE_AT is None:
-        return list(map(ADDRESS, tensors)) == addresses
-    return ARE_AT(tensors, addresses, PLACES.setdefault(len(addresses), list(range(len(addresses)))))
 
 
 def _joined(states: Sequence[ParamState]) -> Tensor:

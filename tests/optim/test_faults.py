@@ -175,7 +175,7 @@ FAULTS = {
     "amsgrad not looked at": (step_cache, [('group["amsgrad"] != amsgrad', "False")], changed("amsgrad off")),
     "strides not looked at": (step_cache, [("return self.guards.check(*tensors)", "return None not in map(type, tensors)")],
                               changed("a gradient of other strides")),
-    "weights' addresses not looked at": (step_cache, [(" if _lie_at(self.fixed, self.pointers[0]) else None", "")], changed("weights elsewhere")),
+    "weights' addresses not looked at": (step_cache, [(" if list(map(ADDRESS, self.fixed)) == self.pointers[0] else None", "")], changed("weights elsewhere")),
     "new gradients not looked at": (step_cache, [(" or (self.absent and any([p.grad is not None for p in self.absent]))", "")],
                                     test_step_cache.test_a_gradient_that_appears_is_seen),
     "the copy not looked at": (step_cache, [("""self.adopted != SyncedSlice.adopted or not all(
