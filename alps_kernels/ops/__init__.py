@@ -5,9 +5,10 @@ from .adamw import (
     encode8_stochastically, head_adamw_, head_grad_norm, join_master, n_scales,
 )
 from .delta import METRICS, Segment, head_delta, head_delta_projection
+from .device import capturing
 
 __all__ = [
     "Block", "DeviceHypers", "GradControl", "HyperRow", "HyperTable", "Launches", "METRICS", "ParamUpdate", "Segment",
-    "decode8", "encode8", "encode8_stochastically", "head_adamw_", "head_delta", "head_delta_projection",
+    "capturing", "decode8", "encode8", "encode8_stochastically", "head_adamw_", "head_delta", "head_delta_projection",
     "head_grad_norm", "join_master", "n_scales",
 ]

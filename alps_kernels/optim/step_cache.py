@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import DeviceHypers, GradControl, HyperRow, HyperTable, Launches, ParamUpdate, head_grad_norm
+from ..ops import DeviceHypers, GradControl, HyperRow, HyperTable, Launches, ParamUpdate, capturing, head_grad_norm
 from ..tensors import SyncedSlice, sum_of_squares, synced_slice_of, written_together
 from .state import Slot, check_grad, check_state
 from .watched_state import ParamState, StateTable
@@ -97,7 +97,15 @@ class StepCache:
                 at[device] = update.row + update.n_rows
 
     def settle(self, groups: Sequence[Mapping], state: StateTable) -> None:
-        """The states are the optimizer's from now on; counts of one place become views of one tensor."""
+        """The states are the optimizer's from now on; counts of one place become views of one tensor.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, in which no count can be put elsewhere; nothing has changed.
+        """
+        if self.on_device and capturing(self.updates[0].param.device) and (self.fresh or not all(
+                [_base(members) is not None for _, members in self.on_device])):
+            raise RuntimeError("HeadAdamW.step is captured in a CUDA graph and never ran outside of a capture with gradients"
+                               " for these very parameters: take one step that is not captured first")
         for param, entry in zip(self.params, self.states, strict=True):
             state[param] = entry
         host = [s for s, update in zip(self.states, self.updates, strict=True) if not update.counts_on_device]
@@ -217,12 +225,25 @@ class StepCache:
 
 def _joined(states: Sequence[ParamState]) -> Tensor:
     """The step counts of states, which become views of it."""
+    if (counts := _base(states)) is not None:
+        return counts
     steps = [state["step"] for state in states]
     counts, at = torch.cat([step.reshape(-1) for step in steps]), 0
     for state, step in zip(states, steps, strict=True):
         state["step"] = counts[at:at + step.numel()].view(step.shape)
         at += step.numel()
     return counts
+
+
+def _base(states: Sequence[ParamState]) -> Tensor | None:
+    """The tensor whose views the step counts are, one after the other; None where there is none."""
+    base, at = states[0]["step"]._base, 0
+    for state in states:
+        step = state["step"]
+        if base is None or step._base is not base or step.storage_offset() != at or not step.is_contiguous():
+            return None
+        at += step.numel()
+    return base if base.ndim == 1 and base.numel() == at else None
 
 
 class _Likeness:

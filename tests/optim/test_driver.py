@@ -183,6 +183,29 @@ def test_a_capture_of_gradients_that_need_another_launch_is_refused():
             optimizer.step()
 
 
+def test_a_capture_with_other_parameters_is_refused_and_the_counts_stay():
+    with driver() as log:
+        params, optimizer = many(capturable=True)
+        params[0].grad = None
+        with log.captured(), pytest.raises(RuntimeError, match="with gradients for these very parameters"):
+            optimizer.step()
+        assert all(state["step"] == WARM for state in optimizer.state.values())
+        optimizer.step()
+        with log.captured():
+            optimizer.step()
+
+
+def test_a_capture_of_a_step_that_looks_at_everything_counts_where_steps_beside_it_do():
+    """As steps on shards do, and those after a state was replaced: a count made in a capture would hold nothing yet."""
+    with driver() as log:
+        params, optimizer = many(capturable=True)
+        counts = optimizer._cache.device_hypers[0].counts
+        optimizer._cache = None
+        with log.captured():
+            optimizer.step()
+        assert optimizer._cache.device_hypers[0].counts is counts
+
+
 def test_another_stream_waits_and_keeps_the_tables():
     with driver() as log:
         params, optimizer = many()
