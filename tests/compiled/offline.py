@@ -102,7 +102,7 @@ def in_flight(built) -> int:
     those of 16 bytes and those under a mask; the others read tables.
     """
     asked, waiting = 0, set()
-    for _, predicate, op, operands in _lines(sass(built)):
+    for _, predicate, op, operands in lines(sass(built)):
         registers = [{int(at), int(at) + bool(pair)} for at, pair in re.findall(r"\bR(\d+)(\.64)?", operands)]
         load = op.startswith("LDG")
         if waiting & set().union(*registers[load:]):
@@ -154,7 +154,7 @@ def fast_path(built) -> list[str]:
 END = 1 << 30
 
 
-def _lines(code: str) -> list[tuple[int, str, str, str]]:
+def lines(code: str) -> list[tuple[int, str, str, str]]:
     """Address, predicate, opcode and operands of every instruction."""
     return [(int(at, 16), predicate, op, operands) for at, predicate, op, operands in re.findall(
         r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", code)]
@@ -162,16 +162,16 @@ def _lines(code: str) -> list[tuple[int, str, str, str]]:
 
 def _instructions(code: str) -> tuple[list[str], list[set[int]]]:
     """Opcodes, and of each instruction those that may come next; END after the whole warp's exit."""
-    lines = _lines(code)
-    place = {at: i for i, (at, *_) in enumerate(lines)}
+    found = lines(code)
+    place = {at: i for i, (at, *_) in enumerate(found)}
     after = []
-    for i, (_, predicate, op, operands) in enumerate(lines):
+    for i, (_, predicate, op, operands) in enumerate(found):
         branch = op in ("BRA", "BRA.U")  # BRA.DIV is for threads that have parted
         jump = {place[int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)]} if branch else set()
         jump |= {END} if op == "EXIT" and not predicate else set()
         sure = jump and not predicate and not re.match(r"\s*!?U?P\d", operands)
         after.append(jump | (set() if sure else {i + 1}))
-    return [op for _, _, op, _ in lines], after
+    return [op for _, _, op, _ in found], after
 
 
 def _reached(after: list[set[int]], at: set[int]) -> set[int]:

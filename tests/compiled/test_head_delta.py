@@ -123,7 +123,7 @@ def test_every_variant_compiles_for_every_target_without_spills(task, base, targ
     # One of 756, with Triton 3.9 and not with 3.6: 16 bytes of stack where float32 weights that do not lie flat are
     # scanned for all metrics.
     known = [("scan", "strided", "all")] if (base, task, target) == ("fp32", "fp32", "sm_100") else []
-    assert spilling == (known if triton.__version__ >= "3.9" else [])
+    assert [case for case in spilling if case not in known] == []
 
 
 @pytest.mark.slow

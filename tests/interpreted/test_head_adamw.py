@@ -190,6 +190,50 @@ def test_scaling_and_clipping(ranges):
     assert made[0][1].grad_norm.item() == pytest.approx(made[1][1].grad_norm.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("norm", [0.01, 0.5, 3.0, float("inf"), float("nan")])
+def test_the_norm_clips_inside_the_kernel(norm):
+    """As `clip_grad_norm_`: max_norm / (norm + 1e-6), at most 1; an infinite norm gives zeros, NaN gives NaN."""
+    made, states = pair(torch.float32, ALIGNED), []
+    for params, optimizer in made:
+        fill_grads(params, optimizer.heads, torch.Generator().manual_seed(1))
+        cache = optimizer._cold()
+        states.append(cache.states)
+        control = GradControl(torch.tensor(8.0), torch.tensor(norm, dtype=torch.float64), 0.5, torch.tensor(0.0))
+        head_adamw_(cache.updates, cache.hypers(), control=control, backend=optimizer._backend)
+    for kernel, plain in zip(made[0][0].values(), made[1][0].values(), strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=1e-6, atol=1e-7, equal_nan=True)
+    moments, wanted = (torch.cat([state["exp_avg"].reshape(-1) for state in each]) for each in states)
+    torch.testing.assert_close(moments, wanted, rtol=1e-6, atol=1e-9, equal_nan=True)
+    assert moments.isnan().all() if norm != norm else (moments == 0).all() == (norm == float("inf"))
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_programs_of_any_number_of_tiles_give_the_same_bits(tiles, monkeypatch):
+    """A work list of 11 tiles of 512: no whole number of programs of 2, or of 8 for the norm, which finds tiles of nothing."""
+    results, norms = [], []
+    for step, norm in ((tiles, 8), (1, 1)):
+        for module in (tables, plan):
+            monkeypatch.setattr(module, "TILE", 512)
+        monkeypatch.setattr(plan, "TILES", step)
+        monkeypatch.setattr(plan, "NORM_TILES", norm)
+        params, optimizer = large("triton", ((0, 24), (40, 56)), master="stochastic", moment_dtype=torch.bfloat16)
+        results.append([*params.values(), *(t for s in optimizer.state.values() for t in list(s.values())[1:])])
+        norms.append(head_grad_norm(optimizer._cold().updates, grad_scale=torch.tensor(4.0), backend="triton").item())
+    assert all(same_bytes(a, b) for a, b in zip(*results, strict=True))
+    fill = [part.cut(part.param.grad) for part in optimizer.heads.params]
+    want = torch.cat([grad.reshape(-1) for grad in fill]).double().norm().item() / 4
+    assert norms == pytest.approx([want, want], rel=1e-6)
+
+
+def test_zero_beta1_gives_the_gradient_itself():
+    """However large the moment was: torch's lerp goes from the nearer end."""
+    (params, optimizer), _ = pair(torch.float32, ALIGNED, betas=(0.0, 0.999))
+    for scale in (1e6, 1e-6):
+        run(params, optimizer, optimizer.heads, 1, scale=scale)
+    for part in optimizer.heads.params:
+        assert torch.equal(optimizer.state[part.param]["exp_avg"].reshape(-1), part.cut(part.param.grad).reshape(-1))
+
+
 def test_the_gradient_norm_is_of_the_selection_and_repeats():
     (params, optimizer), _ = pair(torch.float32, ALIGNED)
     fill_grads(params, optimizer.heads, torch.Generator().manual_seed(0), outside=float("inf"))

@@ -16,10 +16,13 @@ from .launch import KernelLaunch, Stage
 from .param_update import GradControl, HyperRow, HyperTable, ParamUpdate
 from .tables import TILE, VECTOR, WIDE, Pointers, aligned, at_16, padded, tiles_of, with_grads
 
-TILES, NORM_TILES = 2, 8  # of a program: of the step, whose loads then overlap, and of the norm, which reads 2 KB of each
+# Tiles of a program: of the step and of the norm, which reads 2 KB of each. Two tiles of a step would overlap, but take
+# twice the registers, so that half as many programs run at once: the memory is asked for as much either way.
+TILES, NORM_TILES = 1, 8
 RING = 4  # steps whose tables may be on their way at once
 SPARES = 4  # captures of a step between two that are not captured
 WARPS = {True: 4, False: 8}  # of the aligned and the unaligned variant: an address for each element takes registers
+WARPS_8BIT = 2  # of aligned steps with 8-bit moments: 16 elements of a thread share what its scales cost
 NO_STEP_BEFORE = "HeadAdamW.step is captured in a CUDA graph and never ran outside of a capture"
 STEP_FIRST = "take one step that is not captured first, as torch asks for every optimizer"
 
@@ -64,10 +67,12 @@ class Plan:
             if not len(rows):
                 continue
             tile = {"ALIGNED": hint, "GROUPS": TILE // VECTOR}
+            shared = hint and first.scales is not None and first.param.dtype == torch.bfloat16  # no other gains
             self.parts.append(Part(padded(rows, TILES, NORM_TILES).to(self.device), *(
-                KernelLaunch(kernel, -(-len(rows) // n), {**constants, **tile, "TILES": n}, WARPS[hint])
-                for kernel, constants, n in ((code.head_adamw_kernel, kind, TILES),
-                                             (code.head_grad_norm_kernel, grad, NORM_TILES)))))
+                KernelLaunch(kernel, -(-len(rows) // n), {**constants, **tile, "TILES": n}, warps)
+                for kernel, constants, n, warps in (
+                    (code.head_adamw_kernel, kind, TILES, WARPS_8BIT if shared else WARPS[hint]),
+                    (code.head_grad_norm_kernel, grad, NORM_TILES, WARPS[hint])))))
         self.n_norms = sum(part.norm.n for part in self.parts)
         self.home = current_stream(self.device)
         self.ring: list[Stage] = []

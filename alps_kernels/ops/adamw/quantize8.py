@@ -12,6 +12,17 @@ fourth root of what is decoded is off by at most
 
 and the largest element itself is exact but for roundings of float32. A NaN or an infinity makes
 its 64 elements NaN or infinite.
+
+Codes are decided by fourth powers T(c) = ((c scale)^2)^2, three products of float32, so that no digit
+of a root matters and every backend finds the same ones. With c <= the fourth root / scale < c + 1,
+
+    exp_avg     c + 1 where |x| > T(c + 1/2), else c
+    exp_avg_sq  with c the last for which T(c) <= x, at most 254, and u of 0..65535: c + 1 where
+                (x - T(c)) 65536 > u (T(c + 1) - T(c)), else c; at least 1 for x > 0
+
+A root that is off by less than half a code proposes c or a neighbour, of which the same codes follow:
+next to a half code `exp_avg`'s c is not in doubt, and a doubtful c lies next to T(c), far from T(c + 1/2);
+`exp_avg_sq` takes the code nearest to the root, and T of that says on which side of it x lies.
 """
 
 from __future__ import annotations
@@ -37,9 +48,11 @@ def decode8(codes: Tensor, scales: Tensor) -> Tensor:
 
 def encode8(x: Tensor) -> tuple[Tensor, Tensor]:
     """float32 of one block -> int8 codes of its shape, to nearest, and scales [ceil(n / 64)]."""
-    code, scale = _scaled(_rows(x.abs()), SIGNED)
-    code.round_().clamp_(max=SIGNED)
-    return _unrowed(code, x).copysign_(x).nan_to_num(nan=0.0).to(torch.int8), scale[:, 0]
+    size = _rows(x.abs())
+    root, scale = _scaled(size, SIGNED)
+    code = root.sub_(0.5).round_().clamp_(min=0)
+    code += size > _fourth_power(code + 0.5, scale)
+    return _unrowed(code, x).copysign_(x).to(torch.int8), scale[:, 0]
 
 
 def encode8_stochastically(x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -49,15 +62,22 @@ def encode8_stochastically(x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tens
         bits: whole numbers from 0 to 65535, of the shape of `x`; None: to nearest.
     """
     rows = _rows(x)
-    code, scale = _scaled(rows, UNSIGNED)
+    root, scale = _scaled(rows, UNSIGNED)
     if bits is None:
-        code.round_().clamp_(max=UNSIGNED)
+        code = root.round_().clamp_(max=UNSIGNED)
     else:
-        code.floor_().clamp_(max=UNSIGNED - 1)
-        low, high = ((c * scale).square_().square_() for c in (code, code + 1))
-        code += (rows - low) * 65536 > _rows(bits.float()) * (high - low)
-    code = torch.where(rows > 0, code.clamp_(min=1), 0.0)
-    return _unrowed(code, x).nan_to_num(nan=0.0).to(torch.uint8), scale[:, 0]
+        near = root.round_().clamp_(max=UNSIGNED - 1)
+        this = _fourth_power(near, scale)
+        other = near + (rows - this).sign_().add_(0.5).sign_()  # the neighbour on the side of x
+        that = _fourth_power(other, scale)
+        code = torch.minimum(near, other)
+        code += (rows - torch.minimum(this, that)) * 65536 > _rows(bits.float()) * (that - this).abs_()
+    code = torch.where(rows > 0, code.nan_to_num_(nan=1.0).clamp_(min=1), 0.0)
+    return _unrowed(code, x).to(torch.uint8), scale[:, 0]
+
+
+def _fourth_power(code: Tensor, scale: Tensor) -> Tensor:
+    return (code * scale).square_().square_()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -71,7 +91,7 @@ def _unrowed(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _scaled(rows: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Fourth roots in units of their scales, and the scales, [n, 1]: infinite where one of the 64 is NaN."""
+    """Fourth roots in units of their scales, 0 for NaNs, and the scales, [n, 1]: infinite where one of the 64 is NaN."""
     root = rows.sqrt().sqrt_()
     scale = root.nan_to_num(nan=float("inf"), posinf=float("inf")).amax(1, keepdim=True) / codes
-    return root * (1 / scale.clamp_min(1e-30)), scale
+    return (root * (1 / scale.clamp_min(1e-30))).nan_to_num_(nan=0.0), scale
