@@ -103,10 +103,15 @@ def projection_of(base: str = "bf16", d_k: int = 128, d_v: int = 128, metrics: s
     return lambda: head_delta_projection([layer], WANTED[metrics], backend="triton")
 
 
+def step_launches(variant: Variant, aligned: bool = True, everything: bool = True,
+                  target: str = "sm_90") -> dict[str, Launch]:
+    """The launches of one step on a GPU of this vendor, by kernel."""
+    return _step_launches(variant, aligned, everything, "gfx942" if target.startswith("gfx") else "sm_90")
+
+
 @functools.cache
-def step_launches(variant: Variant, aligned: bool = True, everything: bool = True) -> dict[str, Launch]:
-    """The launches of one step, by kernel."""
-    return launches_of(step_of(variant, aligned, everything), "sm_90")
+def _step_launches(variant: Variant, aligned: bool, everything: bool, target: str) -> dict[str, Launch]:
+    return launches_of(step_of(variant, aligned, everything), target)
 
 
 @functools.cache

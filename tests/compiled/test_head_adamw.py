@@ -18,7 +18,7 @@ KERNELS = {"step": "head_adamw_kernel", "norm": "head_grad_norm_kernel"}
 
 
 def compiled(target, variant, aligned=True, everything=True, kernel="step"):
-    return step_launches(variant, aligned, everything)[KERNELS[kernel]].compile(target)
+    return step_launches(variant, aligned, everything, target)[KERNELS[kernel]].compile(target)
 
 
 def name(variant):

@@ -59,7 +59,7 @@ def test_a_recorded_launch_asks_for_what_the_launch_asks_for(case):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_a_binary_has_the_options_of_its_launch(target):
-    for launches in (cases.step_launches(cases.SPLIT), cases.score_launches(target), cases.projection_launches(target)):
+    for launches in (cases.step_launches(cases.SPLIT, target=target), cases.score_launches(target), cases.projection_launches(target)):
         for launch in launches.values():
             assert differences(launch, launch.compile(target), target) == []
     assert differences(launch, launch.with_options(num_stages=3).compile(target), target) == ["num_stages"]

@@ -120,7 +120,7 @@ class Kernel:
         self.log, self.name, self.arg_names = log, name, getattr(real, name).arg_names
 
     def __getitem__(self, grid: tuple[int, ...]):
-        def dispatch(*args: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> Kernel:
+        def dispatch(*args: Any, num_warps: int, enable_fp_fusion: bool, maxnreg: int = 0, **constants: Any) -> Kernel:
             assert enable_fp_fusion is False and self.arg_names[:len(args)] + list(constants) == self.arg_names
             self.log.launch(self.name, self.arg_names, (*args, *constants.values()), grid)
             return Binary(self)

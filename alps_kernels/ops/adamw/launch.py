@@ -81,14 +81,14 @@ class KernelLaunch:
     """A kernel on `n` programs: through Triton's dispatch once, then through the binary that it came to.
 
     Triton's dispatch looks at every argument of every launch for 5 to 7 us; the binary takes 1.
-    What it looks for cannot change between launches of one plan: dtypes, constants, and that
-    every table lies at a multiple of 16 bytes and numbers are floats. Where dispatch returns no binary (Triton's
+    What it looks for cannot change between launches of one plan: dtypes, constants,
+    options of the compiler, and that every table lies at a multiple of 16 bytes and numbers are floats. Where dispatch returns no binary (Triton's
     interpreter), and under a Triton whose binaries were not looked at, every launch goes through
     dispatch.
     """
 
-    def __init__(self, kernel: Any, n: int, constants: dict[str, Any], num_warps: int) -> None:
-        self.kernel, self.n, self.grid, self.num_warps = kernel, n, (n, 1, 1), num_warps
+    def __init__(self, kernel: Any, n: int, constants: dict[str, Any], options: dict[str, Any]) -> None:
+        self.kernel, self.n, self.grid, self.options = kernel, n, (n, 1, 1), {**options, "enable_fp_fusion": False}
         self.constants, self.values = constants, tuple(constants.values())
         self.compiled: dict[tuple, Any] = {}
 
@@ -99,7 +99,7 @@ class KernelLaunch:
             compiled(*arguments, *self.values)
             return
         with launching():
-            out = self.kernel[self.grid](*arguments, **self.constants, num_warps=self.num_warps, enable_fp_fusion=False)
+            out = self.kernel[self.grid](*arguments, **self.constants, **self.options)
         if hasattr(out, "packed_metadata") and _binaries_are_known():
             self.compiled[key] = out[self.grid]
 

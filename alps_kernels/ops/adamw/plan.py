@@ -23,6 +23,8 @@ RING = 4  # steps whose tables may be on their way at once
 SPARES = 4  # captures of a step between two that are not captured
 WARPS = {True: 4, False: 8}  # of the aligned and the unaligned variant: an address for each element takes registers
 WARPS_8BIT = 2  # of aligned steps with 8-bit moments: 16 elements of a thread share what its scales cost
+# Of a thread of an aligned step, at most: else ptxas spills some bytes of some variants to fit one more program on an SM.
+REGISTERS, REGISTERS_8BIT = 96, 128
 NO_STEP_BEFORE = "HeadAdamW.step is captured in a CUDA graph and never ran outside of a capture"
 STEP_FIRST = "take one step that is not captured first, as torch asks for every optimizer"
 
@@ -67,12 +69,11 @@ class Plan:
             if not len(rows):
                 continue
             tile = {"ALIGNED": hint, "GROUPS": TILE // VECTOR}
-            shared = hint and first.scales is not None and first.param.dtype == torch.bfloat16  # no other gains
             self.parts.append(Part(padded(rows, TILES, NORM_TILES).to(self.device), *(
-                KernelLaunch(kernel, -(-len(rows) // n), {**constants, **tile, "TILES": n}, warps)
-                for kernel, constants, n, warps in (
-                    (code.head_adamw_kernel, kind, TILES, WARPS_8BIT if shared else WARPS[hint]),
-                    (code.head_grad_norm_kernel, grad, NORM_TILES, WARPS[hint])))))
+                KernelLaunch(kernel, -(-len(rows) // n), {**constants, **tile, "TILES": n}, options)
+                for kernel, constants, n, options in (
+                    (code.head_adamw_kernel, kind, TILES, _options(first, hint)),
+                    (code.head_grad_norm_kernel, grad, NORM_TILES, {"num_warps": WARPS[hint]})))))
         self.n_norms = sum(part.norm.n for part in self.parts)
         self.home = current_stream(self.device)
         self.ring: list[Stage] = []
@@ -163,3 +164,12 @@ class Plan:
                 here, out = (out, None) if part is self.parts[-1] else (out[:part.norm.n], out[part.norm.n:])
                 part.norm(part.tiles, self.stage.pointers, GradControl(grad_scale).on(self.device)[1], here)
             self.stage.launched()
+
+
+def _options(update: ParamUpdate, hint: bool) -> dict[str, int]:
+    """Of the compiler, for a step of such parameters."""
+    eight = update.scales is not None
+    options = {"num_warps": WARPS_8BIT if hint and eight and update.param.dtype == torch.bfloat16 else WARPS[hint]}
+    if hint and torch.version.hip is None:  # an option of NVIDIA's compiler alone
+        options["maxnreg"] = REGISTERS_8BIT if eight else REGISTERS
+    return options
