@@ -21,18 +21,18 @@ MEASURED = "ms measured | off by | why"
 EXPLAINED: dict[tuple[str, str, str], str] = {}
 
 
-def resident(registers: int) -> int:
+def resident(registers: int, threads: int = THREADS) -> int:
     """Programs that the card holds at once: registers are given to a warp in units of 256."""
-    return SMS * min(2048 // THREADS, REGISTERS // (-(-registers // 8) * 8 * THREADS))
+    return SMS * min(2048 // threads, 32, REGISTERS // (-(-registers // 8) * 8 * threads))
 
 
-def streamed(n_bytes: float, programs: int, registers: int) -> tuple[float, float]:
+def streamed(n_bytes: float, programs: int, registers: int, threads: int = THREADS) -> tuple[float, float]:
     """Seconds of a kernel that reads and writes so many bytes, and how many times its programs fill the card.
 
     Bytes over the copy bandwidth; half of one filling more, for the last programs run while others have ended; one
     launch.
     """
-    waves = programs / resident(registers)
+    waves = programs / resident(registers, threads)
     return n_bytes / COPY * (1 + 0.5 / max(waves, 1)) + LAUNCH, waves
 
 
