@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops import Launches, head_adamw_
 from ..selection import BoundSelection
-from ..tensors import check_type, sync_after_step
+from ..tensors import check_type, sync_after_step, sync_leaves
 from .first_steps import FirstStepChecks
 from .groups import make_slots, regrown, replaced
 from .state import Slot
@@ -96,7 +96,6 @@ class HeadAdamW(torch.optim.Optimizer):
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.grad_norm: Tensor | None = None
         self._launches, self._cache = Launches(), None  # tables and arguments of the last step, for the next
-        self.stepped_alone: list[Tensor] | None = None  # see `sync_after_step`
         super().__init__(params, {**plain.defaults, "master": master, "moment_dtype": moment_dtype})
         self.state = StateTable.of(self.state)
         self._train(heads, make_slots(self.param_groups, heads))
@@ -163,13 +162,14 @@ class HeadAdamW(torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling() or is_watched(self):
             return self._hooked_step(*(() if closure is None else (closure,)))
-        loss = self._step(closure)
-        sync_after_step(self)
+        loss, cache = self._step(closure)
+        sync_after_step(self) if cache is None else sync_leaves(cache.others)
         return loss
 
     step.hooked = True  # torch wraps it else, at 7 us a step
 
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _step(self, closure: Callable[[], Any] | None) -> tuple[Any, StepCache | None]:
+        """The loss, and what was stepped, if anything was."""
         check_capture(self)
         loss = None
         if closure is not None:
@@ -180,13 +180,13 @@ class HeadAdamW(torch.optim.Optimizer):
             if self._first_steps is not None and not self._first_steps.before_step(
                     self.param_groups, self.state, bool(cache.updates)):
                 self._first_steps = None
-            self._apply(cache)
+            return loss, self._apply(cache)
         finally:
             cache.release()  # so that `zero_grad` frees their memory
-        return loss
 
     # Within a compiled function the graph breaks here, as at steps of torch's own optimizers.
-    _hooked_step = torch._disable_dynamo(torch.optim.Optimizer.profile_hook_step(_step))
+    _hooked_step = torch._disable_dynamo(torch.optim.Optimizer.profile_hook_step(
+        lambda self, closure=None: self._step(closure)[0]))
 
     def _warm(self) -> StepCache | None:
         """What the last step took, where it is still valid."""
@@ -195,7 +195,7 @@ class HeadAdamW(torch.optim.Optimizer):
             return None
         if kept.moved(grads):
             self._launches.moved(kept.pointers[1])
-        if self._launches.outdated:
+        if self._launches.outdated(self.seed, self._backend):
             kept.take(grads)
         return kept
 
@@ -208,28 +208,28 @@ class HeadAdamW(torch.optim.Optimizer):
         self._launches.moved()
         return cache
 
-    def _apply(self, cache: StepCache) -> None:
-        found_inf = getattr(self, "found_inf", None)
+    def _apply(self, cache: StepCache) -> StepCache | None:
+        found_inf, updates = getattr(self, "found_inf", None), cache.updates
         if found_inf is not None and cache.aged:  # the host counts steps
-            if float(found_inf) != 0:
-                return
+            updates = updates if float(found_inf) == 0 else []
             found_inf = None  # else it stays on the device, and decides there
-        if not (updates := cache.updates):
-            return
+        if not updates:
+            return None
         try:
             if cache is not self._cache:
                 cache.settle(self.param_groups, self.state)
-                self._cache, self.stepped_alone = cache, cache.alone
+                self._cache = cache
             how = {"seed": self.seed, "launches": self._launches, "backend": self._backend}
             hypers = cache.hypers()
             control = cache.control(hypers, getattr(self, "grad_scale", None), found_inf, self.max_grad_norm, **how)
             self.grad_norm = self.grad_norm if control.norm is None else control.norm
             head_adamw_(updates, hypers, control=control, **how)
         except BaseException:  # an interrupt too
-            self._cache = self.stepped_alone = None
+            self._cache = None
             cache.undo(self.state)
             raise
         cache.count(found_inf, self._launches.plain)
+        return cache
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and under "alps" what trains, so that it is refused where it does not fit.

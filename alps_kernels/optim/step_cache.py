@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops import DeviceHypers, GradControl, HyperRow, HyperTable, Launches, ParamUpdate, capturing, head_grad_norm
 from ..tensors import SyncedSlice, sum_of_squares, synced_slice_of, written_together
 from .state import Slot, check_grad, check_state
-from .watched_state import ParamState, StateTable
+from .watched_state import Changes, ParamState, StateTable
 
 try:  # what guards compiled code looks at every tensor in C++, at 45 ns each
     from torch._C._dynamo.guards import TensorGuards
@@ -38,6 +38,7 @@ class StepCache:
     def __init__(self, groups: Sequence[dict[str, Any]], slots: Mapping[Tensor, Slot],
                  state: Mapping[Tensor, dict]) -> None:
         updates, of_groups = [], []
+        self.changes = state.changes if type(state) is StateTable else Changes()
         self.updates: list[ParamUpdate] = updates
         self.states: list[ParamState] = []  # `step` included
         self.absent: list[Tensor] = []  # parameters that train and have no gradient
@@ -55,14 +56,13 @@ class StepCache:
                     self.fresh.append(param)
                 check_state(slot, entry, group["amsgrad"])
                 updates.append(slot.update(entry, group["amsgrad"], group["capturable"]))
-                self.states.append(entry if type(entry) is ParamState else ParamState(entry))
+                self.states.append(ParamState.of(entry, self.changes))
                 of_groups.append(group)
         self.params = [update.owner for update in updates]
         copied = [u for u in updates if u.weight_copy is not None]
         self.leaves, self.copies = [u.param for u in copied], [u.weight_copy for u in copied]
         self.slices = [synced_slice_of(leaf) for leaf in self.leaves]
         self.addresses = [(leaf.data_ptr(), weight.data_ptr()) for leaf, weight in zip(self.leaves, self.copies, strict=True)]
-        self.alone: list[Tensor] = []  # leaves whose full weight the step does not write
         self.adopted = SyncedSlice.adopted
         self.fixed = [*(u.param for u in updates), *self.copies]
         self.pointers = list(map(Tensor.data_ptr, self.fixed)), [u.grad.data_ptr() for u in updates]
@@ -71,6 +71,7 @@ class StepCache:
         self.counts: Tensor | None = None  # of the host, one after the other
         self.version: int | None = None
         self.known: tuple = (None, None, [])
+        self.others: list[Tensor] = []  # leaves whose full weight the step does not write
         self.aged: list[tuple[dict[str, Any], float]] = []  # group and steps taken of every row of hyperparameters
         self.on_device: list[tuple] = []  # group and states, group by group and device by device
         self.device_hypers: list[DeviceHypers] = []  # of them
@@ -100,42 +101,54 @@ class StepCache:
         """The states are the optimizer's from now on; counts of one place become views of one tensor.
 
         Raises:
-            RuntimeError: a CUDA graph is captured, in which no count can be put elsewhere; nothing has changed.
+            RuntimeError: a CUDA graph is captured, in which no state can be made; nothing has changed.
         """
-        if self.on_device and capturing(self.updates[0].param.device) and (self.fresh or not all(
-                [_base(members) is not None for _, members in self.on_device])):
+        captured = capturing(self.updates[0].param.device)
+        if captured and self.fresh:
             raise RuntimeError("HeadAdamW.step is captured in a CUDA graph and never ran outside of a capture with gradients"
                                " for these very parameters: take one step that is not captured first")
         for param, entry in zip(self.params, self.states, strict=True):
-            state[param] = entry
+            if state.get(param) is not entry:
+                state[param] = entry
         host = [s for s, update in zip(self.states, self.updates, strict=True) if not update.counts_on_device]
         if host:
             self.counts = _joined(host)
             self.version = self.counts._version
-        self.device_hypers = [DeviceHypers(group, _joined(members)) for group, members in self.on_device]
+        self.device_hypers = []
+        for group, members in self.on_device:
+            # A graph may hold counts that are joined: they stay where they are, whatever else has a gradient.
+            alone = all([entry["step"]._base is None for entry in members])
+            counts = _joined(members) if alone and not captured else _base(members)
+            self.device_hypers.append(DeviceHypers(group, [entry["step"] for entry in members], counts))
         for entry, update in zip(self.states, self.updates, strict=True):
             update.step = entry["step"]
         copied = set(map(id, self.leaves))
-        self.alone = [p for g in groups for p in g["params"] if id(p) not in copied and synced_slice_of(p) is not None]
+        self.others = [p for g in groups for p in g["params"] if id(p) not in copied and synced_slice_of(p) is not None]
         if type(state) is StateTable and not any(update.sharded for update in self.updates):
             # of shards more may change than is looked at
-            self.known = ParamState.changes, state, [(list(g["params"]), g["amsgrad"]) for g in groups]
+            self.known = self.changes.count, state, [(g, list(g["params"]), g["amsgrad"]) for g in groups]
+            # Whoever moves a state (`t.data = t.data.to(...)`) moves all of it: some of it tells.
+            self.sample = [t for entry in (self.states[0], self.states[-1]) for t in entry.values()]
+            self.sampled = list(map(ADDRESS, self.sample))
 
     def hold(self, groups: Sequence[Mapping], state: Mapping[Tensor, dict]) -> list[Tensor] | None:
         """The gradients of these parameters, where nothing but their place in memory can have changed."""
         changes, table, listed = self.known
-        if (changes != ParamState.changes or table is not state or len(listed) != len(groups)
+        if (changes != self.changes.count or table is not state or len(listed) != len(groups)
                 or (self.counts is not None and self.counts._version != self.version)):
             return None
-        for group, (params, amsgrad) in zip(groups, listed, strict=True):
+        for group, (known, params, amsgrad) in zip(groups, listed, strict=True):
             now = group["params"]
-            if len(now) != len(params) or not all(map(is_, now, params)) or group["amsgrad"] != amsgrad:
+            if (group is not known or len(now) != len(params) or not all(map(is_, now, params))
+                    or group["amsgrad"] != amsgrad):
                 return None
+        if list(map(ADDRESS, self.sample)) != self.sampled:
+            return None
         grads = [p.grad for p in self.params]
         if not self.shape_of_grads.same(grads) or (self.absent and any([p.grad is not None for p in self.absent])):
             return None
-        if self.slices and (self.adopted != SyncedSlice.adopted or not all(
-                map(is_, [one.module._parameters.get(one.name) for one in self.slices], self.copies))):
+        if self.adopted != SyncedSlice.adopted or not all(
+                map(is_, [one.module._parameters.get(one.name) for one in self.slices], self.copies)):
             return None
         return grads if list(map(ADDRESS, self.fixed)) == self.pointers[0] else None
 
@@ -164,7 +177,7 @@ class StepCache:
         """Of the step to come."""
         tables: dict[torch.device, list[Tensor]] = {}
         for hypers in self.device_hypers:
-            tables.setdefault(hypers.counts.device, []).append(hypers.rows())
+            tables.setdefault(hypers.steps[0].device, []).append(hypers.rows())
         return HyperTable([HyperRow.of(group, age + 1) for group, age in self.aged],
                           {device: rows[0] if len(rows) == 1 else torch.cat(rows) for device, rows in tables.items()})
 
@@ -203,7 +216,7 @@ class StepCache:
             if self.counts is not None:
                 self.counts.add_(ONE)
             for hypers in self.device_hypers:
-                hypers.counts += 1 if found_inf is None else (found_inf == 0).to(hypers.counts).reshape(())
+                hypers.count(found_inf)
         elif len(plain) < len(self.updates):
             done = set(map(id, plain))
             steps = [update.step for update in self.updates if id(update) not in done]
@@ -228,7 +241,7 @@ def _joined(states: Sequence[ParamState]) -> Tensor:
     if (counts := _base(states)) is not None:
         return counts
     steps = [state["step"] for state in states]
-    counts, at = torch.cat([step.reshape(-1) for step in steps]), 0
+    counts, at = torch.cat([step.reshape(-1).float() for step in steps]), 0
     for state, step in zip(states, steps, strict=True):
         state["step"] = counts[at:at + step.numel()].view(step.shape)
         at += step.numel()
@@ -240,10 +253,11 @@ def _base(states: Sequence[ParamState]) -> Tensor | None:
     base, at = states[0]["step"]._base, 0
     for state in states:
         step = state["step"]
-        if base is None or step._base is not base or step.storage_offset() != at or not step.is_contiguous():
+        if (base is None or step._base is not base or step.storage_offset() != at or not step.is_contiguous()
+                or step.data_ptr() != base.data_ptr() + 4 * at):  # `step.data` may have been given other memory
             return None
         at += step.numel()
-    return base if base.ndim == 1 and base.numel() == at else None
+    return base if base.ndim == 1 and base.numel() == at and base.dtype == torch.float32 else None
 
 
 class _Likeness:

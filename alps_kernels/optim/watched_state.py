@@ -7,27 +7,47 @@ from collections.abc import Callable
 from typing import Any
 
 
-class ParamState(dict):
-    """The state of one parameter. That an entry of any was replaced shows in `ParamState.changes`."""
+class Changes:
+    """How often a table of states, or a state in it, was changed."""
 
-    __slots__ = ()
-    changes = 0
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class ParamState(dict):
+    """The state of one parameter; changes of its entries are counted with those of its table."""
+
+    __slots__ = ("changes",)
+
+    @classmethod
+    def of(cls, entry: dict, changes: Changes) -> ParamState:
+        if type(entry) is cls and entry.changes is changes:
+            return entry
+        state = cls(entry)
+        state.changes = changes
+        return state
 
     def __reduce__(self) -> tuple:
         return dict, (dict(self),)  # copies and files hold plain dicts
 
 
 class StateTable(defaultdict):
-    """`Optimizer.state`: parameters and their states. Changes show in `ParamState.changes` too."""
+    """`Optimizer.state`: parameters and their states."""
 
-    __slots__ = ()
+    __slots__ = ("changes",)
 
     @classmethod
     def of(cls, state: dict) -> StateTable:
-        return state if type(state) is cls else cls(dict, state)
+        if type(state) is cls:
+            return state
+        table = cls(dict, state)
+        table.changes = Changes()
+        return table
 
     def __missing__(self, key: Any) -> Any:
-        ParamState.changes += 1
+        self.changes.count += 1
         return super().__missing__(key)
 
     def __reduce__(self) -> tuple:
@@ -36,7 +56,7 @@ class StateTable(defaultdict):
 
 def _counted(method: Callable) -> Callable:
     def change(self, *args, **kwargs):
-        ParamState.changes += 1
+        self.changes.count += 1
         return method(self, *args, **kwargs)
 
     change.__name__ = method.__name__

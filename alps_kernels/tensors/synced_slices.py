@@ -240,8 +240,12 @@ def sync_after_step(optimizer: torch.optim.Optimizer, args: tuple = (), kwargs: 
     """Weights follow their leaves right after a step of any optimizer, so that every reader sees them."""
     if not _BY_LEAF or torch.compiler.is_compiling():
         return
-    alone = getattr(optimizer, "stepped_alone", None)  # our own optimizer says which leaves it did not copy
-    for param in alone if alone is not None else [p for group in optimizer.param_groups for p in group["params"]]:
+    sync_leaves([p for group in optimizer.param_groups for p in group["params"]])
+
+
+def sync_leaves(params: Sequence[Tensor]) -> None:
+    """Full weights follow those of these parameters that are leaves, after a step of an optimizer."""
+    for param in params:
         if (synced := _found(_BY_LEAF, param)) is not None:
             synced.stepped(param)
 

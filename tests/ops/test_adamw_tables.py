@@ -195,7 +195,7 @@ def test_tensors_of_one_dtype_triple_share_a_launch_and_odd_ones_take_another():
     odd = update_of(BoundParam("odd", nn.Parameter(torch.zeros(7)), 0, ((0, 7),)))
     plan = op.Launches().plan((), [*good, odd], 0)
     assert [part.step.constants["ALIGNED"] for part in plan.parts] == [True, False]
-    assert [(part.step.n, part.norm.n, len(part.tiles)) for part in plan.parts] == [(9, 2, 16), (1, 1, 8)]
+    assert [(part.step.n, part.norm.n, len(part.tiles)) for part in plan.parts] == [(9, 2, 16), (1, 2, 16)]
 
 
 def test_device_code_of_another_version_is_refused(monkeypatch):

@@ -140,14 +140,16 @@ def test_binaries_of_installed_triton_have_what_the_fast_launch_takes():
 
 
 CHANGES = {
+    "a group replaced by another dict": lambda p, o: o.param_groups.__setitem__(0, {**o.param_groups[0], "lr": 0.5}),
+    "a whole number for a step count": lambda p, o: o.state[p["rows"]].update(step=torch.tensor(50)),
     "a step count written in place": lambda p, o: o.state[p["rows"]]["step"].fill_(50),
     "a step count replaced": lambda p, o: o.state[p["rows"]].update(step=torch.tensor(50.0)),
     "a moment replaced": lambda p, o: o.state[p["all"]].update(exp_avg=o.state[p["all"]]["exp_avg"] * 3),
     "a state replaced by a plain dict": lambda p, o: o.state.update(
         {p["all"]: {k: v * 2 for k, v in o.state[p["all"]].items()}}),
     "a state lost": lambda p, o: o.state.pop(p["rows"]),
-    "all states replaced": lambda p, o: setattr(o, "state", type(o.state)(dict, {
-        k: ParamState({n: v * 2 for n, v in s.items()}) for k, s in o.state.items()})),
+    "all states replaced": lambda p, o: setattr(o, "state", type(o.state).of({
+        k: {n: v * 2 for n, v in s.items()} for k, s in o.state.items()})),
     "all states lost": lambda p, o: o.state.clear(),
     "weights elsewhere": lambda p, o: setattr(p["cols"], "data", p["cols"].data.clone() * 2),
     "a gradient of other strides": lambda p, o: setattr(p["all"], "grad", p["all"].grad.t().contiguous().t()),
@@ -185,6 +187,25 @@ def test_a_change_is_seen(name):
     (a, s), (b, t) = results
     assert all(same_bytes(a[k], b[k]) for k in a)
     assert all(torch.equal(s[k][e], t[k][e]) for k in t for e in t[k])
+
+
+@pytest.mark.parametrize("counts", ["plain", "capturable"])
+def test_states_that_moved_are_followed(counts):
+    """Optimizer states that go to the host and back through `.data`, as many loops move them."""
+    ends = []
+    for moves in (False, True):
+        params, bound = toy()
+        optimizer = make(params, bound, capturable=counts == "capturable")
+        for step in range(6):
+            fill_grads(params, bound, torch.Generator().manual_seed(step))
+            if moves and step == 3:
+                for state in optimizer.state.values():
+                    for t in state.values():
+                        t.data = t.data.clone()
+            optimizer.step()
+        assert all(state["step"] == 6 for state in optimizer.state.values())
+        ends.append(params)
+    assert all(same_bytes(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_a_gradient_that_appears_is_seen():

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import alps_kernels as alps
 from alps_kernels.tensors import synced_slices, synced_slices_in
+from tests.optim.cases import sliced_module
 
 from .cases import batch, cut_grads, grads, loss_of, pair
 
@@ -296,3 +297,32 @@ def test_what_is_written_into_the_weight_alone_does_not_count():
             for block in synced.blocks(synced.weight):
                 block.zero_()
     assert torch.equal(loss_of(sliced, 5), before)
+
+
+def test_the_weight_follows_what_is_done_to_the_leaf_around_our_step():
+    """A hook that clamps, a subclass that edits, a step that moves nothing after an edit by hand."""
+    class Clamps(alps.HeadAdamW):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            edit(self)
+            return loss
+
+    def edit(optimizer, *_):
+        for param in optimizer.param_groups[0]["params"]:
+            param.data.clamp_(-0.01, 0.01)
+
+    for case in ("hook", "subclass", "no gradients"):
+        module = sliced_module(torch.randn(16, 8), 0, ((2, 6),))
+        leaf = module.weight_slice
+        optimizer = (Clamps if case == "subclass" else alps.HeadAdamW)([leaf], lr=0.1)
+        if case == "hook":
+            optimizer.register_step_post_hook(edit)
+        for _ in range(3):
+            leaf.grad = torch.ones_like(leaf)
+            optimizer.step()
+        if case == "no gradients":
+            leaf.grad = None
+            with torch.no_grad():
+                leaf.fill_(0.5)
+            optimizer.step()
+        assert torch.equal(module.synced.cut(module.weight), leaf), case

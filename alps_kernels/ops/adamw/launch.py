@@ -41,11 +41,11 @@ class Stage:
         self.done = new_event(device)
         self.home = self.stream = current_stream(device)  # where the memory is from; where it was used last
         self.written: array | None = None
-        self.captured = False
+        self.captured = self.used = False
 
     def upload(self, pointers: array, rows: Sequence[HyperRow], stream: int) -> None:
         """Copy both tables to the device on `stream`, the current one; `pointers` must not change once it was given."""
-        if self.done is not None and self.written is not None:
+        if self.done is not None and self.used:
             self.done.synchronize()
             if stream != self.stream:
                 self.done.wait()
@@ -58,16 +58,17 @@ class Stage:
         self._write(pointers, ())
 
     def _write(self, pointers: array, rows: Sequence[HyperRow]) -> None:
-        if self.written is not pointers:
+        before, self.written = self.written, None  # until all of it is sent
+        if before is not pointers:
             ctypes.memmove(self.buffer, pointers.buffer_info()[0], self.at)
-            self.written = pointers
         if rows:
             _floats(len(rows)).pack_into(self.buffer, self.at, *packed(rows))
         send(self.pinned, self.there)
+        self.written = pointers
 
     def used_on(self, stream: int) -> None:
         """Kernels on `stream`, the current one, are about to read it."""
-        self.stream = stream
+        self.stream, self.used = stream, True
         if stream != self.home:
             keep_for_current_stream(self.there)
 

@@ -92,10 +92,9 @@ class Launches:
         self._captured: list[Plan] = []  # CUDA graphs read their tables for as long as they live
         self._known: tuple = (None, None, None)
 
-    @property
-    def outdated(self) -> bool:
-        """The next step will look at the gradients themselves, not at addresses that are known."""
-        return bool(self.plain) or self._known[0] is None
+    def outdated(self, seed: int, backend: str | None) -> bool:
+        """A step will look at the gradients themselves, not at addresses that are known."""
+        return bool(self.plain) or self._known[0] is None or self._known[1:] != (seed, backend)
 
     def for_others(self) -> Launches:
         """Empty, for other updates; what a CUDA graph may still read stays."""
@@ -127,6 +126,9 @@ class Launches:
         for plan, members in zip(self.current, grouped.values(), strict=True):
             plan.members = members
             plan.written = [t for i in members for t in (updates[i].param, updates[i].weight_copy) if t is not None]
+        for plan in self._plans.values():
+            if not any([plan is other for other in self.current]):
+                plan.written = []
         self.plain, self._known = plain, (updates, seed, backend)
         return self.current
 

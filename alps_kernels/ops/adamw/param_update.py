@@ -140,36 +140,41 @@ class GradControl(NamedTuple):
 class DeviceHypers:
     """The hyperparameters of parameters of one group whose steps only their device counts.
 
+    Everything is computed anew at each step, from numbers and from the counts, which stay where they are: a CUDA graph
+    that holds a step reads nothing that a step beside it may free.
+
     Args:
         group: the param group; its lr may be a tensor.
-        counts: float32 [n], how many steps each took, on the device.
+        steps: the step counts, on the device.
+        counts: float32 [n], the tensor whose views `steps` are, one after the other; None: there is none.
     """
 
-    def __init__(self, group: Mapping[str, Any], counts: Tensor) -> None:
-        self.group, self.counts = group, counts
-        self.known: tuple = ()
-        self.base: Tensor | None = None  # float64 [n, len(HyperRow)]: what no step changes
+    def __init__(self, group: Mapping[str, Any], steps: list[Tensor], counts: Tensor | None) -> None:
+        self.group, self.steps, self.counts = group, steps, counts
 
     @torch.no_grad()
     def rows(self) -> Tensor:
-        """Of the step that follows those counted, float64 [n, len(HyperRow)], with the inverse of root2: 9 small kernels."""
-        group, columns = self.group, HyperRow._fields.index
-        lr, betas = group["lr"], tuple(map(float, group["betas"]))
-        fixed = lr if not isinstance(lr, Tensor) else None, betas, group["weight_decay"], group["eps"], group["maximize"]
-        if fixed != self.known:
-            row = HyperRow.of({**group, "lr": fixed[0] or 0.0}, 1.0)
-            # filled in place: a copy from the host is not to be had while a graph is captured
-            base = torch.stack([torch.full_like(self.counts, x, dtype=torch.float64) for x in row], 1)
-            self.known, self.base, self.betas = fixed, base, torch.stack(
-                [torch.full((), beta, dtype=torch.float64, device=base.device) for beta in betas])
-        table = self.base.clone()
-        steps = table[:, columns("step")].copy_(self.counts).add_(1)
-        corrections = 1 - self.betas ** steps[:, None]  # [n, 2]
-        torch.rsqrt(corrections[:, 1], out=table[:, columns("root2")])
-        torch.reciprocal(corrections[:, 0], out=table[:, columns("step_size")]).mul_(lr)
-        if fixed[0] is None:
-            table[:, columns("decay")] = 1 - lr.double() * group["weight_decay"]
+        """Of the step that follows those counted, float64 [n, len(HyperRow)], with the inverse of root2: some 20 small
+        kernels."""
+        group, (beta1, beta2) = self.group, map(float, self.group["betas"])
+        counts = torch.cat([step.reshape(-1) for step in self.steps]) if self.counts is None else self.counts
+        steps = counts.double() + 1
+        decay = 1 - group["lr"] * group["weight_decay"]
+        columns = HyperRow(decay, 1 - beta1, beta2, 1 - beta2, (1 - beta2**steps).rsqrt_(), group["eps"],
+                           group["lr"] / (1 - beta1**steps), -1.0 if group["maximize"] else 1.0, steps)
+        table = torch.empty(len(steps), len(columns), dtype=torch.float64, device=steps.device)
+        for index, column in enumerate(columns):
+            table[:, index] = column
         return table
+
+    def count(self, found_inf: Tensor | None) -> None:
+        """One step more, unless `found_inf` is not zero."""
+        first = self.steps[0]
+        one = 1 if found_inf is None else (found_inf == 0).to(first.device, first.dtype).reshape(())
+        if self.counts is None:
+            torch._foreach_add_(self.steps, one)
+        else:
+            self.counts.add_(one)
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ SPARES = 4  # captures of a step between two that are not captured
 WARPS = {True: 4, False: 8}  # of the aligned and the unaligned variant: an address for each element takes registers
 WARPS_8BIT = 2  # of aligned steps with 8-bit moments: 16 elements of a thread share what its scales cost
 # Of a thread of an aligned step, at most: else ptxas spills some bytes of some variants to fit one more program on an SM.
-REGISTERS, REGISTERS_8BIT = 96, 128
+REGISTERS, REGISTERS_8BIT = 96, 168
 NO_STEP_BEFORE = "HeadAdamW.step is captured in a CUDA graph and never ran outside of a capture"
 STEP_FIRST = "take one step that is not captured first, as torch asks for every optimizer"
 
@@ -69,11 +69,12 @@ class Plan:
             if not len(rows):
                 continue
             tile = {"ALIGNED": hint, "GROUPS": TILE // VECTOR}
-            self.parts.append(Part(padded(rows, TILES, NORM_TILES).to(self.device), *(
-                KernelLaunch(kernel, -(-len(rows) // n), {**constants, **tile, "TILES": n}, options)
-                for kernel, constants, n, options in (
-                    (code.head_adamw_kernel, kind, TILES, _options(first, hint)),
-                    (code.head_grad_norm_kernel, grad, NORM_TILES, {"num_warps": WARPS[hint]})))))
+            n_tiles, rows = len(rows), padded(rows, TILES, 2 * NORM_TILES)  # sums of a part begin at 16 bytes
+            self.parts.append(Part(rows.to(self.device), *(
+                KernelLaunch(kernel, programs, {**constants, **tile, "TILES": n}, options)
+                for kernel, programs, constants, n, options in (
+                    (code.head_adamw_kernel, -(-n_tiles // TILES), kind, TILES, _options(first, hint)),
+                    (code.head_grad_norm_kernel, len(rows) // NORM_TILES, grad, NORM_TILES, {"num_warps": WARPS[hint]})))))
         self.n_norms = sum(part.norm.n for part in self.parts)
         self.home = current_stream(self.device)
         self.ring: list[Stage] = []
