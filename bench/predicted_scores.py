@@ -15,7 +15,8 @@ PASSES64 = 18  # passes over k or v in float64 that the products before `project
 def scores(rows: list[dict[str, str]]) -> list[str]:
     lines = paragraph(f"""
         **Scoring q/k/v** of a bf16 pair, two passes over the weights: each reads both models once, at 3.0 TB/s. Beside
-        it the time of its instructions: {INSTRUCTIONS} for each pair of weights and pass. The larger counts, and four
+        it the time of its instructions: {INSTRUCTIONS} of a thread for each pair of weights and
+        pass, 32 threads at once. The larger counts, and four
         launches. One read of the weights is the floor. The function around the kernels also makes its work list on the
         host, which took 45 to 63 ms for Llama-3.1-8B on a CPU here: `score_heads` will take that. Measured: kernels
         alone; `score_heads`, qkv.""")

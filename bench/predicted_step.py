@@ -82,8 +82,9 @@ def targets(rows: list[dict[str, str]]) -> list[str]:
     return [*lines, "", *paragraph(f"""
         Mask + torch fused: {shape.attention_params:,} elements x {TORCH['bfloat16'] + MASK['bfloat16']} bytes over
         {n:,} x 26 in bfloat16, x {TORCH['float32'] + MASK['float32']} over x 28 in float32. So 8 follows from the bytes
-        in float32 alone; in bfloat16 torch's step and the mask would have to move theirs at 0.65 of our rate. (2.1 to
-        1.9 TB/s were reported of torch's step on H100s; with the mask at 3.0 TB/s that gives 6.7 to 7.2.)""")]
+        in float32 alone; in bfloat16 torch's step and the mask would have to move theirs at 0.64 of our rate. (2.1 to
+        1.9 TB/s were reported of torch's step on H100s, in pytorch#117872 and #119842; with the mask at 3.0 TB/s that gives
+        6.7 to 7.2.)""")]
 
 
 def measured_targets(rows: list[dict[str, str]], shape: Shape, step: Step) -> tuple[dict[str, str], list[float | None]]:
@@ -99,11 +100,12 @@ def measured_targets(rows: list[dict[str, str]], shape: Shape, step: Step) -> tu
 
 
 def steps(rows: list[dict[str, str]]) -> list[str]:
+    registers = ", ".join(f"{step.registers} ({step.kind})" for step in STEPS)
     lines = paragraph(f"""
         **Optimizer step** on q/k/v/o of 10 % scattered heads (groups trained by any of their heads). MB = elements x
         bytes + {TABLE} bytes of work list for each {TILE}. A program takes {STEP_TILES} tile and {THREADS} threads,
         64 with 8-bit moments; waves = programs / those that the registers of {SMS} SMs hold. ms = MB / 3.0 TB/s x
-        (1 + 0.5 / waves) + one launch. Sectors: bytes an element that the kernel asks of L1 in whole sectors, counted in
+        (1 + 0.5 / waves, of at least 1) + one launch. Registers of a thread, compiled for sm_90: {registers}. Sectors: bytes an element that the kernel asks of L1 in whole sectors, counted in
         the emulator of PTX. Measured: kernels alone.""")
     lines += header("model", "dtypes", "elements", "bytes", "sectors", "MB", "waves", "ms", MEASURED)
     for shape in SHAPES.values():
@@ -158,7 +160,7 @@ def hosts(rows: list[dict[str, str]]) -> list[str]:
         one kernel; clipped, one kernel and two small torch kernels more. Expected: the ratio on a stand-in driver of a
         CPU build of torch 2.13 (`python -m tests.optim.host_time`, 2 shared cores), to which a real driver adds its own
         calls. The target of 2 was not reached there: to read gradients, their addresses and the weights', to compare
-        strides and dtypes and to count versions takes 1.7 by itself.""")
+        strides and dtypes and to count versions takes 1.7 times that reading.""")
     lines += header("call", "ratio expected", "launches, at most", "us measured", "ratio measured", "launches measured")
     for rival, expected, launches in (
         ("HeadAdamW", 2.4, 2), ("HeadAdamW, gradients moved", 2.7, 2), ("HeadAdamW, clipped", 3.1, 5),

@@ -23,8 +23,9 @@ def predicted(rows: list[dict[str, str]], counted: list[dict[str, str]]) -> list
             are empty where it has left no row yet.** Which card a row is of stands under Measured. What is more than
             {FAR:.0%} off its prediction gets an explanation in the column beside it."""),
         *paragraph(f"""
-            Constants: {COPY / 1e12} TB/s, a device-to-device copy on such a card ({DATASHEET / 1e12} on the datasheet);
-            products at {PRODUCTS / 1e12:.0f} TFLOP/s, an 8192 x 8192 x 8192 bf16 product on it; tf32
+            Constants, none of them measured here: {COPY / 1e12} TB/s, what others found a device-to-device copy to reach
+            on such a card ({DATASHEET / 1e12} on the datasheet); products at {PRODUCTS / 1e12:.0f} TFLOP/s, their 8192 x
+            8192 x 8192 bf16 product; tf32
             {TF32 / 1e12:.0f} and float64 {FP64 / 1e12:.0f} TFLOP/s on tensor cores, from the datasheet; {L2 / 1e12}
             TB/s from L2, assumed; {SMS} SMs that issue {ISSUES} instructions a clock at {CLOCK / 1e9} GHz;
             {LAUNCH * 1e6:.0f} us from one kernel to the next."""),
@@ -36,7 +37,7 @@ def gradients(rows: list[dict[str, str]]) -> list[str]:
     """The q of one layer: 2 tokens n_sel hidden FLOPs."""
     lines = paragraph(f"""
         **Selected dW** of one layer's q, 10 % scattered heads, bf16, {TOKENS} tokens; beside it the whole dW. FLOPs =
-        2 x tokens x selected rows x hidden.""")
+        2 x tokens x rows of the selected heads (a tenth of them, rounded) x hidden.""")
     lines += header("model", "GFLOP", "ms", "GFLOP whole", "ms", "ms measured", "ms whole measured")
     for shape in SHAPES.values():
         selected = max(1, round(0.1 * shape.heads))
@@ -56,8 +57,8 @@ def memory(rows: list[dict[str, str]], counted: list[dict[str, str]]) -> list[st
     if not found:
         return []
     lines = paragraph("""
-        **A step of 16 layers of Llama-3.1-8B**, bf16, 1 x 2048 tokens: at the least what autograd keeps and, once it is
-        let go, the gradients; both at once at the most (the moment of the peak lies between).""")
+        **A step of 16 layers of Llama-3.1-8B**, bf16, 1 x 2048 tokens. What autograd keeps is let go
+        while gradients come: the peak lies between the larger of the two and their sum.""")
     lines += header("", "saved MiB", "gradients MiB", "MiB measured", "ms measured")
     for method, row in found.items():
         lines.append(f"| {method} | {float(row['saved_bytes']) / 2**20:,.0f} | {float(row['grad_bytes']) / 2**20:,.0f} "

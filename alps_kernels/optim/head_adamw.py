@@ -11,13 +11,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops import Launches, head_adamw_
 from ..selection import BoundSelection
-from ..tensors import check_type, sync_after_step, sync_leaves
+from ..tensors import check_type
 from .first_steps import FirstStepChecks
 from .groups import make_slots, regrown, replaced
 from .state import Slot
 from .state_dict import all_or_nothing, dense_state, read_saved, saved_state
 from .step_cache import StepCache
-from .step_hooks import check_capture, is_watched
+from .step_hooks import after_step, check_capture, is_watched
 from .watched_state import StateTable
 
 
@@ -163,7 +163,7 @@ class HeadAdamW(torch.optim.Optimizer):
         if torch.compiler.is_compiling() or is_watched(self):
             return self._hooked_step(*(() if closure is None else (closure,)))
         loss, cache = self._step(closure)
-        sync_after_step(self) if cache is None else sync_leaves(cache.others)
+        after_step(self, None if cache is None else cache.others)
         return loss
 
     step.hooked = True  # torch wraps it else, at 7 us a step

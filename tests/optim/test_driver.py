@@ -244,6 +244,20 @@ def test_an_interrupted_copy_is_made_again():
             optimizer.step()
 
 
+def test_hooks_of_every_optimizer_are_called_without_torchs_wrapper():
+    """torch.profiler, which transformers imports, leaves one behind."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    called = []
+    handle = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: called.append(optimizer))
+    try:
+        with driver() as log:
+            events, seen = asked(log, *(made := many()))
+    finally:
+        handle.remove()
+    assert called == [made[1]] * (WARM + 2) and "_record_function_enter_new" not in seen
+
+
 def test_two_optimizers_in_turn_stay_warm():
     with driver():
         (_, a), (_, b) = many(), many()

@@ -171,7 +171,7 @@ def test_ordinary_runs_say_nothing():
     (first_steps, ("self.idle - 1) < FIRST_STEPS:", "self.idle - 1) < 100:"), test_a_layer_frozen_after_the_heads_were_chosen),
     (first_steps, ("if not any_gradient]", "if any_gradient]"), test_gradients_that_are_zero_on_the_selection),
     (first_steps, ("if slot.param.requires_grad and slot.param.numel()", "if not slot.param.requires_grad"), lambda: test_gradients_that_never_come(True)),
-    (head_adamw, ("                self._first_steps = None\n            self._apply", "                pass\n            self._apply"), test_a_layer_frozen_after_the_heads_were_chosen),
+    (head_adamw, ("                self._first_steps = None\n            return loss", "                pass\n            return loss"), test_a_layer_frozen_after_the_heads_were_chosen),
     (head_adamw, ("bool(cache.updates)):", "False):"), test_overflow_is_not_a_missing_gradient),
     (selection, ('(bound.rest == "frozen" or not part.full) and len', "len"), test_tied_weights),
     (selection, (" > 1:\n            warnings.warn", " > 2:\n            warnings.warn"), test_tied_weights),
