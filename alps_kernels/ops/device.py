@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 ABI = 4  # of csrc_triton, as this package calls it
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what Triton calls: a tenth of the public one's time
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # as Triton does: faster than the public function
 
 
 def device_code(module: str) -> ModuleType:

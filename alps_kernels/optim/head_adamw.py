@@ -86,8 +86,9 @@ class HeadAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         # torch itself says what is wrong with its arguments, and what their defaults are.
-        plain = torch.optim.AdamW([torch.zeros(1, dtype=torch.float32, device="cpu")], lr, betas, eps, weight_decay, amsgrad, maximize=maximize,
-                                  foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused)
+        one = torch.zeros(1, dtype=torch.float32, device="cpu")
+        plain = torch.optim.AdamW([one], lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach,
+                                  capturable=capturable, differentiable=differentiable, fused=fused)
         if max_grad_norm is not None and not (isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0
                                               and not isinstance(max_grad_norm, bool)):
             raise ValueError(f"max_grad_norm is {max_grad_norm!r}; expected a positive number or None")
@@ -149,9 +150,8 @@ class HeadAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient. Checks everything before the first write.
 
-        With `capturable` a CUDA graph may hold it, which takes no time of the host: docs/cookbook.md.
-        Inside a compiled function it runs as it is, between compiled parts; with `fullgraph=True` torch
-        traces no optimizer's `zero_grad` and `step` (2.13), its own included.
+        With `capturable` a CUDA graph may hold it: docs/cookbook.md. Inside a compiled function it runs as
+        it is, between compiled parts; `fullgraph=True` takes no optimizer's step (torch 2.13).
 
         Args:
             closure: evaluates the model again and returns the loss.

@@ -62,7 +62,7 @@ class StepCache:
         copied = [u for u in updates if u.weight_copy is not None]
         self.leaves, self.copies = [u.param for u in copied], [u.weight_copy for u in copied]
         self.slices = [synced_slice_of(leaf) for leaf in self.leaves]
-        self.addresses = [(leaf.data_ptr(), weight.data_ptr()) for leaf, weight in zip(self.leaves, self.copies, strict=True)]
+        self.addresses = list(zip(map(ADDRESS, self.leaves), map(ADDRESS, self.copies), strict=True))
         self.adopted = SyncedSlice.adopted
         self.fixed = [*(u.param for u in updates), *self.copies]
         self.pointers = list(map(Tensor.data_ptr, self.fixed)), [u.grad.data_ptr() for u in updates]
@@ -105,8 +105,8 @@ class StepCache:
         """
         captured = capturing(self.updates[0].param.device)
         if captured and self.fresh:
-            raise RuntimeError("HeadAdamW.step is captured in a CUDA graph and never ran outside of a capture with gradients"
-                               " for these very parameters: take one step that is not captured first")
+            raise RuntimeError("HeadAdamW.step is captured in a CUDA graph and never ran outside of a capture with"
+                               " gradients for these very parameters: take one step that is not captured first")
         for param, entry in zip(self.params, self.states, strict=True):
             if state.get(param) is not entry:
                 state[param] = entry

@@ -22,8 +22,8 @@ def is_watched(optimizer: torch.optim.Optimizer) -> bool:
 
     Where not, that does nothing in 7 us a step but call the hooks after every step: `after_step` does.
     """
-    return bool(_BEFORE is None or _AFTER is None or _BEFORE or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-                or _profiler_enabled())
+    return bool(_BEFORE is None or _AFTER is None or _BEFORE or optimizer._optimizer_step_pre_hooks
+                or optimizer._optimizer_step_post_hooks or _profiler_enabled())
 
 
 def after_step(optimizer: torch.optim.Optimizer, leaves: list[Tensor] | None) -> None:

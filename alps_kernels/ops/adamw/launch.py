@@ -82,10 +82,10 @@ class KernelLaunch:
     """A kernel on `n` programs: through Triton's dispatch once, then through the binary that it came to.
 
     Triton's dispatch looks at every argument of every launch for 5 to 7 us; the binary takes 1.
-    What it looks for cannot change between launches of one plan: dtypes, constants,
-    options of the compiler, and that every table lies at a multiple of 16 bytes and numbers are floats. Where dispatch returns no binary (Triton's
-    interpreter), and under a Triton whose binaries were not looked at, every launch goes through
-    dispatch.
+    What it looks for cannot change between launches of one plan: dtypes, constants, options of the
+    compiler, that every table lies at a multiple of 16 bytes and that numbers are floats. Where
+    dispatch returns no binary (Triton's interpreter), and under a Triton whose binaries were not
+    looked at, every launch goes through dispatch.
     """
 
     def __init__(self, kernel: Any, n: int, constants: dict[str, Any], options: dict[str, Any]) -> None:

@@ -54,8 +54,9 @@ def head_adamw_(updates: Sequence[ParamUpdate], hypers: HyperTable, *, control: 
             raise
 
 
-def head_grad_norm(updates: Sequence[ParamUpdate], hypers: HyperTable | None = None, *, grad_scale: Tensor | None = None,
-                   seed: int = 0, launches: Launches | None = None, backend: str | None = None) -> Tensor:
+def head_grad_norm(updates: Sequence[ParamUpdate], hypers: HyperTable | None = None, *,
+                   grad_scale: Tensor | None = None, seed: int = 0, launches: Launches | None = None,
+                   backend: str | None = None) -> Tensor:
     """The l2 norm of the unscaled gradients over the selected blocks alone, a float64 scalar.
 
     Deterministic: sums of squares of some tiles in float32, added up in float64 in a fixed order.

@@ -84,4 +84,5 @@ def head_grad_norm(updates: Sequence[ParamUpdate]) -> Tensor:
     """The l2 norm of the gradients over the selected blocks alone, a float64 scalar."""
     grads = [u.grad if block is None else block.of(u.grad)
              for u in updates for block in (u.blocks if u.blocks is not None else (None,))]
-    return sum((grad.double().square().sum().cpu() for grad in grads), torch.zeros((), dtype=torch.float64, device="cpu")).sqrt()
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    return sum((grad.double().square().sum().cpu() for grad in grads), zero).sqrt()

@@ -23,7 +23,7 @@ RING = 4  # steps whose tables may be on their way at once
 SPARES = 4  # captures of a step between two that are not captured
 WARPS = {True: 4, False: 8}  # of the aligned and the unaligned variant: an address for each element takes registers
 WARPS_8BIT = 2  # of aligned steps with 8-bit moments: 16 elements of a thread share what its scales cost
-# Of a thread of an aligned step, at most: else ptxas spills some bytes of some variants to fit one more program on an SM.
+# Of a thread of an aligned step, at most: else ptxas spills some bytes of some variants to fit one more program.
 REGISTERS, REGISTERS_8BIT = 96, 168
 NO_STEP_BEFORE = "HeadAdamW.step is captured in a CUDA graph and never ran outside of a capture"
 STEP_FIRST = "take one step that is not captured first, as torch asks for every optimizer"
@@ -59,22 +59,11 @@ class Plan:
         self.written: list[Tensor] = []
         tiles = [tiles_of(update, index) for index, update in enumerate(updates)]
         self.fits = [aligned(rows, row) for rows, row in zip(tiles, pointers, strict=True)]
-        code, grad = device_code("head_adamw"), {"GRAD": triton_type(first.grad.dtype)}
-        kind = {"PARAM": triton_type(first.param.dtype), **grad, "MOMENT": triton_type(first.exp_avg.dtype),
-                "MASTER": first.master, "AMSGRAD": first.max_exp_avg_sq is not None,
-                "WEIGHT_COPY": any(u.weight_copy is not None for u in updates)}
-        self.parts = []
+        copied, self.parts = any(u.weight_copy is not None for u in updates), []
         for hint in (True, False):
-            rows = torch.cat([t for t, fit in zip(tiles, self.fits, strict=True) if fit == hint] or [tiles[0][:0]])
-            if not len(rows):
-                continue
-            tile = {"ALIGNED": hint, "GROUPS": TILE // VECTOR}
-            n_tiles, rows = len(rows), padded(rows, TILES, 2 * NORM_TILES)  # sums of a part begin at 16 bytes
-            self.parts.append(Part(rows.to(self.device), *(
-                KernelLaunch(kernel, programs, {**constants, **tile, "TILES": n}, options)
-                for kernel, programs, constants, n, options in (
-                    (code.head_adamw_kernel, -(-n_tiles // TILES), kind, TILES, _options(first, hint)),
-                    (code.head_grad_norm_kernel, len(rows) // NORM_TILES, grad, NORM_TILES, {"num_warps": WARPS[hint]})))))
+            rows = [t for t, fit in zip(tiles, self.fits, strict=True) if fit == hint]
+            if sum(map(len, rows)):
+                self.parts.append(_part(first, torch.cat(rows), hint, copied))
         self.n_norms = sum(part.norm.n for part in self.parts)
         self.home = current_stream(self.device)
         self.ring: list[Stage] = []
@@ -89,7 +78,8 @@ class Plan:
         """Take these addresses; False where this plan cannot."""
         flat = array("q", chain.from_iterable(pointers))
         if flat != self.pointers:
-            if not all(not fit or at_16(array("q", [row[i] for i in WIDE])) for fit, row in zip(self.fits, pointers, strict=True)):
+            wide = (array("q", [row[i] for i in WIDE]) for fit, row in zip(self.fits, pointers, strict=True) if fit)
+            if not all(map(at_16, wide)):
                 return False
             self.pointers = flat
         return True
@@ -138,8 +128,8 @@ class Plan:
 
     def _spare(self) -> Stage:
         if not self.spares:
-            raise RuntimeError(f"HeadAdamW.step was captured in a CUDA graph {SPARES} times since it last ran outside of a"
-                               f" capture: {STEP_FIRST}")
+            raise RuntimeError(f"HeadAdamW.step was captured in a CUDA graph {SPARES} times since it last ran outside"
+                               f" of a capture: {STEP_FIRST}")
         self.captured.append(self.spares.pop())
         return self.captured[-1]
 
@@ -165,6 +155,20 @@ class Plan:
                 here, out = (out, None) if part is self.parts[-1] else (out[:part.norm.n], out[part.norm.n:])
                 part.norm(part.tiles, self.stage.pointers, GradControl(grad_scale).on(self.device)[1], here)
             self.stage.launched()
+
+
+def _part(first: ParamUpdate, tiles: Tensor, hint: bool, copied: bool) -> Part:
+    """The launches over these tiles of parameters like the first."""
+    code, grad = device_code("head_adamw"), {"GRAD": triton_type(first.grad.dtype)}
+    kind = {"PARAM": triton_type(first.param.dtype), **grad, "MOMENT": triton_type(first.exp_avg.dtype),
+            "MASTER": first.master, "AMSGRAD": first.max_exp_avg_sq is not None, "WEIGHT_COPY": copied}
+    shape = {"ALIGNED": hint, "GROUPS": TILE // VECTOR}
+    rows = padded(tiles, TILES, 2 * NORM_TILES)  # an even number of sums: those of the next part begin at 16 bytes
+    return Part(rows.to(first.param.device),
+                KernelLaunch(code.head_adamw_kernel, -(-len(tiles) // TILES), {**kind, **shape, "TILES": TILES},
+                             _options(first, hint)),
+                KernelLaunch(code.head_grad_norm_kernel, len(rows) // NORM_TILES,
+                             {**grad, **shape, "TILES": NORM_TILES}, {"num_warps": WARPS[hint]}))
 
 
 def _options(update: ParamUpdate, hint: bool) -> dict[str, int]:

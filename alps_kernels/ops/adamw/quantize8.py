@@ -91,7 +91,7 @@ def _unrowed(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _scaled(rows: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Fourth roots in units of their scales, 0 for NaNs, and the scales, [n, 1]: infinite where one of the 64 is NaN."""
+    """Fourth roots in units of their scales, 0 for NaNs, and scales [n, 1]: infinite where one of the 64 is NaN."""
     root = rows.sqrt().sqrt_()
     scale = root.nan_to_num(nan=float("inf"), posinf=float("inf")).amax(1, keepdim=True) / codes
     return (root * (1 / scale.clamp_min(1e-30))).nan_to_num_(nan=0.0), scale
