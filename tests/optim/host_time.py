@@ -1,12 +1,13 @@
 """The host's time of a warm step of 128 tensors on the stand-in driver, over what reading their gradients takes.
 
-    python -m tests.optim.host_time
+    python -m tests.optim.host_time [--write]
 
 Reading: every gradient, its address and its version, in plain Python. A ratio of one run says something on a busy
-machine too; the tests count calls and launches and assert no time.
+machine too; the tests count calls and launches and assert no time. --write adds rows to bench/results/host_time.csv.
 """
 
 import itertools
+import sys
 import time
 import warnings
 
@@ -16,6 +17,7 @@ from torch import nn
 from alps_kernels.optim import HeadAdamW
 from alps_kernels.optim.first_steps import FIRST_STEPS
 from alps_kernels.selection import BoundParam
+from bench.common import percentiles, write_rows
 from tests.support.fake_driver import driver
 
 from .cases import bind, sliced_module
@@ -38,21 +40,22 @@ def read(params):
     return [grad.data_ptr() for grad in grads], [grad._version for grad in grads]
 
 
-def typical(call, before=lambda: None, repeats=800):
-    """The 10th percentile of a call's time, in microseconds: what the machine does beside it is not in it."""
+def timed(call, before=lambda: None, repeats=800):
+    """Percentiles of a call's time, in ms."""
     times = []
     for _ in range(repeats):
         before()
         start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - start)
-    return 1e6 * sorted(times)[repeats // 10]
+        times.append(1e3 * (time.perf_counter() - start))
+    return percentiles(times)
 
 
 def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    print(f"{N} tensors, torch {torch.__version__}; us, and the ratio to reading\n")
+    print(f"{N} tensors, torch {torch.__version__}; 20th percentiles in us, and their ratio to reading\n")
+    rows = []
     for name, make, options in (
         ("a step", whole, {}), ("clipped", whole, {"max_grad_norm": 1.0}), ("capturable", whole, {"capturable": True}),
         ("a step of sliced projections", sliced, {}),
@@ -69,10 +72,16 @@ def main():
             move()
             for _ in range(FIRST_STEPS + 3):
                 optimizer.step()
-            base = typical(lambda params=params: read(params))
-            still, moved = typical(optimizer.step), typical(optimizer.step, move)
-        print(f"{name:30s} reading {base:5.1f}   gradients where they were {still:6.1f} ({still / base:.2f})"
-              f"   elsewhere {moved:6.1f} ({moved / base:.2f})")
+            base = timed(lambda params=params: read(params))
+            took = {"reading": base, "gradients where they were": timed(optimizer.step),
+                    "gradients elsewhere": timed(optimizer.step, move)}
+        for rival, times in took.items():
+            ratio = times["p20_ms"] / base["p20_ms"]
+            print(f"{name:30s} {rival:26s} {1e3 * times['p20_ms']:6.1f}  {ratio:.2f}")
+            rows.append({"case": f"{name}, {N} tensors, stand-in for CUDA's driver", "rival": rival, **times,
+                         "ratio": ratio, "note": "host's time alone; ratio: 20th percentiles, over reading"})
+    if "--write" in sys.argv:
+        print(write_rows("host_time", rows))
 
 
 if __name__ == "__main__":
