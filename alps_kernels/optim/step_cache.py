@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import DeviceHypers, GradControl, HyperRow, HyperTable, Launches, ParamUpdate, capturing, head_grad_norm
+from ..ops import DeviceHypers, GradControl, HyperRow, HyperTable, Launches, ParamUpdate, capturing, counted, head_grad_norm
 from ..tensors import SyncedSlice, sum_of_squares, synced_slice_of, written_together
 from .state import Slot, check_grad, check_state
 from .watched_state import Changes, ParamState, StateTable
@@ -220,7 +220,7 @@ class StepCache:
         elif len(plain) < len(self.updates):
             done = set(map(id, plain))
             steps = [update.step for update in self.updates if id(update) not in done]
-            torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]).reshape(()))
+            torch._foreach_add_(steps, counted(found_inf, steps[0]))
         if self.slices and found_inf is None:  # else only the device knows whether they were written
             written_together(self.slices, self.leaves, self.copies, self.addresses)
         self.aged = [(group, age + 1) for group, age in self.aged]

@@ -77,14 +77,15 @@ def test_moments_of_16_bits_amsgrad_scaling_and_clipping_sanitizer(dtype):
         torch.testing.assert_close(ours, reference, rtol=1.6e-2, atol=1e-3)
 
 
-def test_a_run_that_was_saved_goes_on_to_the_bit():
+@pytest.mark.parametrize("moments", [torch.bfloat16, "8bit"], ids=str)
+def test_a_run_that_was_saved_goes_on_to_the_bit(moments):
     params, bound = make(torch.bfloat16)
-    optimizer = HeadAdamW(params, lr=1e-3, heads=bound, moment_dtype=torch.bfloat16)
+    optimizer = HeadAdamW(params, lr=1e-3, heads=bound, moment_dtype=moments)
     for step in range(3):
         set_grads(params, bound, step)
         optimizer.step()
     again, again_bound = twin_of(params, bound)
-    other = HeadAdamW(again, lr=1e-3, heads=again_bound, moment_dtype=torch.bfloat16)
+    other = HeadAdamW(again, lr=1e-3, heads=again_bound, moment_dtype=moments)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for step in range(3, 6):
         for members, parts, resumed in ((params, bound, optimizer), (again, again_bound, other)):

@@ -219,7 +219,7 @@ FAULTS = {
     "weight decay lost on the device": (param_update, [('decay = 1 - group["lr"] * group["weight_decay"]', "decay = 1.0")], counted),
     "found_inf dropped on the device": (step_cache, [("GradControl(grad_scale, found_inf=found_inf)", "GradControl(grad_scale)")], skipped(None)),
     "found_inf dropped beside clipping": (step_cache, [("max_norm, found_inf)\n", "max_norm)\n")], skipped(0.5)),
-    "a skipped step is counted": (param_update, [("(found_inf == 0).to(first.device, first.dtype).reshape(())", "1")],
+    "a skipped step is counted": (param_update, [("(found_inf == 0).to(like).reshape(())", "1")],
                                  test_driver.test_under_found_inf_the_device_counts_no_step),
     # -- 8-bit moments --
     "8-bit second moments to nearest": (quantize8, [("    if bits is None:\n", "    if True:\n")],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..device import on_device, runs_kernels
 from . import cpu
-from .param_update import GradControl, HyperTable, ParamUpdate
+from .param_update import GradControl, HyperTable, ParamUpdate, counted
 from .plan import Plan
 from .tables import pointers_of
 
@@ -49,8 +49,7 @@ def head_adamw_(updates: Sequence[ParamUpdate], hypers: HyperTable, *, control: 
         except BaseException:
             steps = [updates[i].step for moved in plans[:done] for i in moved.members]
             if steps and steps[0] is not None:
-                found_inf = control.found_inf
-                torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]).reshape(()))
+                torch._foreach_add_(steps, counted(control.found_inf, steps[0]))
             raise
 
 

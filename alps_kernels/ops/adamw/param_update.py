@@ -137,6 +137,11 @@ class GradControl(NamedTuple):
         return *moved, float(self.max_norm)
 
 
+def counted(found_inf: Tensor | None, like: Tensor) -> Tensor | int:
+    """What a step adds to step counts like this one: 1, or 0 where `found_inf` is not zero."""
+    return 1 if found_inf is None else (found_inf == 0).to(like).reshape(())
+
+
 class DeviceHypers:
     """The hyperparameters of parameters of one group whose steps only their device counts.
 
@@ -169,8 +174,7 @@ class DeviceHypers:
 
     def count(self, found_inf: Tensor | None) -> None:
         """One step more, unless `found_inf` is not zero."""
-        first = self.steps[0]
-        one = 1 if found_inf is None else (found_inf == 0).to(first.device, first.dtype).reshape(())
+        one = counted(found_inf, self.steps[0])
         if self.counts is None:
             torch._foreach_add_(self.steps, one)
         else:
