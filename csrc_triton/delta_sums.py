@@ -1,121 +1,235 @@
-"""Sums of the scoring kernels, in the lanes of a program until the end: one shuffle tree then serves a whole tile."""
+"""Sums over tiles of a base and a task model, for both passes of `head_delta`.
+
+A pair of weights b, t has d = t - b, e = exp(b / tau) and u = expm1(d / tau). Tensors are [lanes, 8]: a lane forms the
+prefix sums of its neighbours alone. A program that takes RUNS tiles side by side has equally many lanes for each, one
+tile after the other; what it has of tiles is [RUNS], or a scalar if it takes one. Sums stay in the lanes until the end:
+one tree of shuffles then serves a whole tile.
+"""
 
 import triton
 import triton.language as tl
 
-from .series import LOG2E, divergences, exact_divergences, expm1_less
+from .series import LOG2E, exact_divergences, expm1_less
 
-# Columns of the tables `stats`, `starts` and `scans`, as in ops/delta/tables.py, and the lengths of their rows.
-STAT_E, STAT_MOVED, STAT_DD, STAT_BB, STAT_BD, STAT_TOP, STAT_FAR = map(tl.constexpr, range(7))
-STAT_FIELDS = tl.constexpr(8)
-START_CARRY, START_SHIFT, START_R, START_GROWTH, START_FAR = map(tl.constexpr, range(5))
-START_FIELDS = tl.constexpr(5)
-SCAN_STEPS, SCAN_KL, SCAN_JS, SCAN_AA, SCAN_AC, SCAN_CC = map(tl.constexpr, range(6))
-SCAN_FIELDS = tl.constexpr(8)
+STAT_FIELDS = tl.constexpr(18)  # of a row of `stats`, whose columns are listed in `store_stats`
+STAT_MOVED, STAT_FAR = tl.constexpr(2), tl.constexpr(8)
 
 
 @triton.jit
-def halves(x):
-    """Every other element of rows [n, 2 m]: two [n, m]."""
-    n: tl.constexpr = x.shape[0]
-    m: tl.constexpr = x.shape[1] // 2
-    return tl.split(tl.reshape(x, (n, m, 2)))
+def sum_lanes(x, RUNS: tl.constexpr):
+    """Of [lanes] the sum of each tile."""
+    return tl.sum(x, axis=0) if RUNS == 1 else tl.sum(tl.reshape(x, (RUNS, x.shape[0] // RUNS)), axis=1)
 
 
 @triton.jit
-def add(total, x):
-    x0, x1 = halves(x)
-    return total + x0 + x1
+def max_lanes(x, RUNS: tl.constexpr):
+    return tl.max(x, axis=0) if RUNS == 1 else tl.max(tl.reshape(x, (RUNS, x.shape[0] // RUNS)), axis=1)
 
 
 @triton.jit
-def add_products(total, x, y):
-    x0, x1 = halves(x)
-    y0, y1 = halves(y)
-    return tl.fma(x1, y1, tl.fma(x0, y0, total))
+def each(RUNS: tl.constexpr):
+    """The numbers of the tiles."""
+    return 0 if RUNS == 1 else tl.arange(0, RUNS)
 
 
 @triton.jit
-def sum_all(x):
-    return tl.sum(tl.ravel(x), axis=0)
+def largest(x, RUNS: tl.constexpr):
+    return x if RUNS == 1 else tl.max(x, axis=0)
 
 
 @triton.jit
-def last_of_8(x):
-    """The last of each row of 8."""
-    _, x = halves(x)
-    _, x = halves(x)
-    _, x = halves(x)
+def to_lanes(x, LANES: tl.constexpr, RUNS: tl.constexpr):
+    """What each lane has of its tile's x, [lanes]."""
+    return x if RUNS == 1 else tl.reshape(tl.broadcast_to(x[:, None], (RUNS, LANES // RUNS)), (LANES,))
+
+
+@triton.jit
+def _ahead(x, RUNS: tl.constexpr):
+    """Sums over the lanes of a tile ahead of each, [lanes]."""
+    if RUNS == 1:
+        return tl.cumsum(x, axis=0) - x
+    else:
+        return tl.reshape(tl.cumsum(tl.reshape(x, (RUNS, x.shape[0] // RUNS)), axis=1), x.shape) - x
+
+
+@triton.jit
+def _halves(x):
+    """Every other element of [lanes, 2 n]: two [lanes, n]."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _last_of_8(x):
+    _, x = _halves(x)
+    _, x = _halves(x)
+    _, x = _halves(x)
     return tl.reshape(x, (x.shape[0],))
 
 
 @triton.jit
-def store_stats(out, e, dd, bb, bd, NORMS: tl.constexpr):
-    """Sums of a tile from partial ones; the largest partial sum of e bounds the largest e."""
-    tl.store(out + STAT_E, sum_all(e))
-    tl.store(out + STAT_DD, sum_all(dd))
-    if NORMS:
-        tl.store(out + STAT_BB, sum_all(bb))
-        tl.store(out + STAT_BD, sum_all(bd))
-    tl.store(out + STAT_TOP, tl.max(tl.ravel(e), axis=0))
+def first_and_second(x):
+    """Of each 16 neighbours of [runs, 16 n] the first and the second 8, [runs n, 8]."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0] * x.shape[1] // 16, 2, 8)), (0, 2, 1)))
 
 
 @triton.jit
-def bound(dd, inv_tau):
-    """No abs(d) / tau is larger: d^2 is in one of the sums `dd`."""
-    return tl.sqrt(tl.max(tl.ravel(dd), axis=0)) * inv_tau
+def exp_of(b, there, inv_tau, MASKED: tl.constexpr):
+    """e; if MASKED, zero where not `there`."""
+    e = tl.exp2(b * (inv_tau * LOG2E))
+    return tl.where(there, e, 0.0) if MASKED else e
 
 
 @triton.jit
-def load_start(starts_ptr, slot):
-    start = starts_ptr + slot * START_FIELDS
-    return (tl.load(start + START_CARRY), tl.load(start + START_SHIFT), tl.load(start + START_R),
-            tl.load(start + START_GROWTH), tl.load(start + START_FAR))
+def zeros(N: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """N sums before anything is added, [LANES, WIDTH]; [LANES] if WIDTH is 0."""
+    none, sums = tl.zeros((LANES, WIDTH), tl.float32) if WIDTH else tl.zeros((LANES,), tl.float32), ()
+    for _ in tl.static_range(N):
+        sums = sums + (none,)
+    return sums
 
 
 @triton.jit
-def step(b, d, mask, start, inv_tau, sums, FULL: tl.constexpr, EXTRA: tl.constexpr, EXACT: tl.constexpr):
-    """The changes (P_T - P_B) Z_T of rows of 8 neighbours, summed along each, and what they add to `sums`."""
-    _, shift, r, growth, _ = start
-    e = tl.exp2(tl.fma(b, inv_tau * LOG2E, -shift))
-    if not FULL:
-        e = tl.where(mask, e, 0.0)
-    m = expm1_less(d, r, inv_tau, EXACT)
-    change = e * m
-    if EXTRA:
-        first, second, third, aa, ac, cc = sums
-        if EXACT:
-            kl, js = exact_divergences(e, m * growth)
-            first, second = add(first, kl), add(second, js)
-        else:
-            square = m * m
-            weighted = e * square
-            first = add(first, weighted)
-            second, third = add_products(second, weighted, m), add_products(third, weighted, square)
-        aa, ac, cc = add_products(aa, e, e), add_products(ac, e, change), add_products(cc, change, change)
-        sums = (first, second, third, aa, ac, cc)
-    return tl.cumsum(change, axis=1), sums
+def add_each(sums, more):
+    added = ()
+    for i in tl.static_range(len(sums)):
+        added = added + (sums[i] + more[i],)
+    return added
 
 
 @triton.jit
-def lengths(inside, before, counted, FULL: tl.constexpr):
-    """Of each row, the sum of abs(CDF difference), which is `before` ahead of the row."""
+def _weigh(eight, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.constexpr):
+    """Of the prefix sums E_i of e and A_i of e u: the last ones, their sums, the largest abs(A_i); and new `sums`."""
+    b, d, there = eight
+    e, u = exp_of(b, there, inv_tau, MASKED), expm1_less(d, 0.0, inv_tau, False)
+    a = e * u
+    left, right = (d,), (d,)
+    if ALL:
+        left, right = (d, b, b, a, a * u, a * u, e, e, a), (d, b, d, u, u, u * u, e, a, a)
+    added = ()
+    for i in tl.static_range(len(sums)):
+        x0, x1 = _halves(left[i])
+        y0, y1 = _halves(right[i])
+        added = added + (tl.fma(x1, y1, tl.fma(x0, y0, sums[i])),)
+    e, a = tl.cumsum(e, axis=1), tl.cumsum(a, axis=1)
+    return _last_of_8(e), _last_of_8(a), tl.sum(e, axis=1), tl.sum(a, axis=1), tl.max(tl.abs(a), axis=1), added
+
+
+@triton.jit
+def weigh(left, right, behind, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.constexpr):
+    """Pass A, 16 neighbours of each lane: what `store_stats` needs of them, and `sums` with theirs added.
+
+    Every change is taken for a small one. `left` and `right` are b, d and what is there, [lanes, 8], zeros where
+    MASKED and not there: that comes behind what is. So many elements of the tile are `behind` the 16.
+    """
+    e0, a0, e_line0, a_line0, most0, sums = _weigh(left, inv_tau, sums, MASKED, ALL)
+    e1, a1, e_line1, a_line1, most1, sums = _weigh(right, inv_tau, sums, MASKED, ALL)
+    e, a, n = e0 + e1, a0 + a1, behind.to(tl.float32)
+    e_line = tl.fma(e, n, tl.fma(e0, 8.0, e_line0 + e_line1))
+    a_line = tl.fma(a, n, tl.fma(a0, 8.0, a_line0 + a_line1))
+    return (e, a, e_line, a_line, tl.maximum(most0, tl.abs(a0) + most1)), sums
+
+
+@triton.jit
+def in_two(lanes, RUNS: tl.constexpr):
+    """Sums over lanes, to float64's precision: in two float32."""
+    total = sum_lanes(lanes.to(tl.float64), RUNS)
+    return total.to(tl.float32), (total - total.to(tl.float32)).to(tl.float32)
+
+
+@triton.jit
+def store_stats(out, stored, pieces, sums, inv_tau, RUNS: tl.constexpr):
+    """Write the rows of `stats` that are `stored`, from pieces in their order; returns their `far`.
+
+        e, its rest, moved, its rest: sums of e and of e u, the last E_n and A_n of the prefix sums E_i and A_i
+        sums of E_i and of A_i; a bound of abs(A_i - E_i A_n / E_n); bounds of e and (`far`) of abs(d) / tau, both
+        from partial sums; sums of d^2, and for ALL metrics of b^2, b d, e u^2, e u^3, e u^4, e^2, e^2 u, e^2 u^2
+    """
+    total, top = pieces[0], pieces[0][0]
+    for i in tl.static_range(1, len(pieces)):
+        total, top = add_each(total, pieces[i]), tl.maximum(top, pieces[i][0])
+    e_n, e_rest = in_two(total[0], RUNS)
+    a_n, a_rest = in_two(total[1], RUNS)
+    slope = to_lanes(a_n / tl.maximum(e_n, 1e-37), top.shape[0], RUNS)
+    before, bridge = e_n * 0.0, tl.zeros_like(top)
+    for i in tl.static_range(len(pieces)):
+        e, a, _, _, most = pieces[i]
+        x = tl.fma(-slope, e, a)
+        ahead = to_lanes(before, top.shape[0], RUNS) + _ahead(x, RUNS)
+        bridge = tl.maximum(bridge, tl.fma(tl.abs(slope), e, tl.abs(ahead) + most))
+        before += sum_lanes(x, RUNS)
+    far = tl.sqrt(max_lanes(tl.max(sums[0], axis=1), RUNS)) * inv_tau
+    row = (e_n, e_rest, a_n, a_rest, sum_lanes(total[2], RUNS), sum_lanes(total[3], RUNS), max_lanes(bridge, RUNS),
+           max_lanes(top, RUNS), far)
+    for i in tl.static_range(len(sums)):
+        row = row + (sum_lanes(tl.sum(sums[i], axis=1), RUNS),)
+    for i in tl.static_range(len(row)):
+        tl.store(out + i, row[i], mask=stored)
+    return far
+
+
+@triton.jit
+def far_moves(eight, inv_tau, MASKED: tl.constexpr):
+    """Sums of e u and the largest abs(d) of 8 neighbours, whatever the changes are."""
+    b, d, there = eight
+    moved = exp_of(b, there, inv_tau, MASKED) * expm1_less(d, 0.0, inv_tau, True)
+    return tl.sum(moved, axis=1), tl.max(tl.abs(d), axis=1)
+
+
+@triton.jit
+def store_far(out, stored, moved, far, inv_tau, RUNS: tl.constexpr):
+    """Correct the rows of `stats` of tiles for which the short series does not hold, from `far_moves`."""
+    moved, rest = in_two(moved, RUNS)
+    tl.store(out + STAT_MOVED, moved, mask=stored)
+    tl.store(out + STAT_MOVED + 1, rest, mask=stored)
+    tl.store(out + STAT_FAR, max_lanes(far, RUNS) * inv_tau, mask=stored)
+
+
+@triton.jit
+def _change(eight, r, inv_tau, sums, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """Prefix sums of c = e (u - r) = (P_T - P_B) Z_T of 8 neighbours; if EXACT, all `sums` but the first, the steps."""
+    b, d, there = eight
+    e, m = exp_of(b, there, inv_tau, MASKED), expm1_less(d, r, inv_tau, EXACT)
+    c = e * m
+    if EXACT:
+        terms, added = exact_divergences(e, m / (1.0 + r)) + (e * e, e * c, c * c), (sums[0],)
+        for i in tl.static_range(5):
+            added = added + (sums[i + 1] + tl.sum(terms[i], axis=1),)
+        return tl.cumsum(c, axis=1), added
+    else:
+        return tl.cumsum(c, axis=1), sums
+
+
+@triton.jit
+def _steps(inside, before, there, MASKED: tl.constexpr):
     steps = tl.abs(inside + before[:, None])
-    if not FULL:
-        steps = tl.where(counted, steps, 0.0)
-    return tl.sum(steps, axis=1)
+    return tl.sum(tl.where(there, steps, 0.0) if MASKED else steps, axis=1)
 
 
 @triton.jit
-def store_scan(out, steps, sums, growth, EXTRA: tl.constexpr, EXACT: tl.constexpr):
-    tl.store(out + SCAN_STEPS, sum_all(steps))
-    if EXTRA:
-        first, second, third, aa, ac, cc = sums
-        kl, js = sum_all(first), sum_all(second)
-        if not EXACT:
-            kl, js = divergences(kl, js, sum_all(third), growth)
-        tl.store(out + SCAN_KL, kl)
-        tl.store(out + SCAN_JS, js)
-        tl.store(out + SCAN_AA, sum_all(aa))
-        tl.store(out + SCAN_AC, sum_all(ac))
-        tl.store(out + SCAN_CC, sum_all(cc))
+def scan(left, right, carry, r, inv_tau, sums, RUNS: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """Pass B, 16 neighbours of each lane: the CDF difference behind all of them, and `sums` with theirs added.
+
+    `sums`, in lanes: abs(CDF difference); if EXACT also the terms of KL and JS, e^2, e c and c^2.
+    """
+    c0, sums = _change(left, r, inv_tau, sums, MASKED, EXACT)
+    c1, sums = _change(right, r, inv_tau, sums, MASKED, EXACT)
+    half = _last_of_8(c0)
+    whole = half + _last_of_8(c1)
+    before = to_lanes(carry, whole.shape[0], RUNS) + _ahead(whole, RUNS)
+    new = (sums[0] + (_steps(c0, before, left[2], MASKED) + _steps(c1, before + half, right[2], MASKED)),)
+    for i in tl.static_range(1, len(sums)):
+        new = new + (sums[i],)
+    return carry + sum_lanes(whole, RUNS), new
+
+
+@triton.jit
+def scanned(sums, counted):
+    """Float64 sums of all lanes: six, zeros for those that are not there; those behind the first where `counted`."""
+    total = ()
+    for i in tl.static_range(6):
+        if i < len(sums):
+            x = sums[i] if i == 0 else tl.where(counted, sums[i], 0.0)
+            total = total + (tl.sum(x, axis=0).to(tl.float64),)
+        else:
+            total = total + (tl.full((), 0.0, tl.float64),)
+    return total

@@ -1,228 +1,161 @@
-"""Per-head statistics and the PAD scan over a base and a task model.
+"""Both passes of `head_delta` over stored matrices: heads of every representation but `projection`.
 
-The issue of instructions must not bound what memory can bring. So a program is one warp that goes through
-its tile in chunks: each lane takes 8 or 16 neighbours at a time, and 64 elements before anything crosses lanes.
+The issue of instructions must not bound what memory can bring. So a program is one warp that goes through its tile
+in chunks: each lane takes 16 neighbours at a time, 64 elements in all, before anything crosses lanes.
 """
 
 import triton
 import triton.language as tl
 
+from .delta_heads import SUM_FIELDS, load_head, load_listed, store_sums
 from .delta_sums import (
-    SCAN_FIELDS, START_CARRY, START_FAR, START_GROWTH, STAT_FAR, STAT_FIELDS, STAT_MOVED, add_products, bound,
-    halves, last_of_8, lengths, load_start, step, store_scan, store_stats, sum_all,
+    STAT_FIELDS, add_each, each, far_moves, first_and_second, largest, scan, scanned, store_far, store_stats, to_lanes,
+    weigh, zeros,
 )
-from .series import LOG2E, TAYLOR, expm1_less
-
-# Columns of the tables `tiles` and `segments`, as in ops/delta/tables.py, and the lengths of their rows.
-TILE_BASE, TILE_TASK, TILE_SLOT, TILE_COUNT, TILE_LAST = map(tl.constexpr, range(5))
-TILE_SEGMENT, TILE_START = TILE_BASE, TILE_TASK  # of a tile that is not flat
-TILE_FIELDS = tl.constexpr(5)
-SEGMENT_BASE, SEGMENT_TASK, SEGMENT_COLS = map(tl.constexpr, range(3))
-SEGMENT_BASE_ROW, SEGMENT_BASE_COL, SEGMENT_TASK_ROW, SEGMENT_TASK_COL = map(tl.constexpr, range(3, 7))  # strides
-SEGMENT_FIELDS = tl.constexpr(8)
+from .series import TAYLOR
 
 
 @triton.jit
-def _places(row, segments_ptr, FLAT: tl.constexpr):
-    """Where `_read` finds a tile in both models."""
-    if FLAT:
-        return (tl.load(row + TILE_BASE), 0, 0, 0, 0, 0), (tl.load(row + TILE_TASK), 0, 0, 0, 0, 0)
-    else:
-        segment = segments_ptr + tl.load(row + TILE_SEGMENT) * SEGMENT_FIELDS
-        start, cols = tl.load(row + TILE_START), tl.load(segment + SEGMENT_COLS)
-        at, col, width = start // cols, (start % cols).to(tl.int32), cols.to(tl.int32)
-        base = (tl.load(segment + SEGMENT_BASE), at, col, width,
-                tl.load(segment + SEGMENT_BASE_ROW), tl.load(segment + SEGMENT_BASE_COL))
-        task = (tl.load(segment + SEGMENT_TASK), at, col, width,
-                tl.load(segment + SEGMENT_TASK_ROW), tl.load(segment + SEGMENT_TASK_COL))
-        return base, task
-
-
-@triton.jit
-def _count(row, FLAT: tl.constexpr):
-    """How many elements a tile has."""
-    count = tl.load(row + TILE_COUNT).to(tl.int32)
-    return tl.multiple_of(count, 16) if FLAT else count
-
-
-@triton.jit
-def _read(place, first, there, DTYPE: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr):
-    """8 elements of a tile from each of `first` on, float32 [n, 8]; zeros beyond its `there`.
-
-    `place`: the address of the tile's first element if FLAT (contiguous, 16-byte aligned, every length a
-    multiple of 16 elements), else of the matrix, and the tile's first row and column, the matrix's columns
-    and its strides.
-    """
-    n: tl.constexpr = first.shape[0]
-    address, row, col, cols, stride_row, stride_col = place
-    if FLAT and DTYPE == tl.bfloat16:  # two of them in a word: one instruction each makes them float32
-        words = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
-        offs = first[:, None] // 2 + tl.arange(0, 4)[None, :]
-        if FULL:
-            pair = tl.load(words + offs)
-        else:
-            pair = tl.load(words + offs, mask=offs < there // 2, other=0)
+def _flat_eight(pointer, first):
+    """8 neighbours of each lane, from `first` on, float32 [lanes, 8]."""
+    if pointer.dtype.element_ty == tl.bfloat16:  # two in a word: one instruction each makes them float32
+        words = pointer.to(tl.pointer_type(tl.int32))
+        pair = tl.load(words + (first[:, None] // 2 + tl.arange(0, 4)[None, :]))
         even, odd = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-        return tl.reshape(tl.join(even, odd), (n, 8))
+        return tl.reshape(tl.join(even, odd), (pair.shape[0], 8))
     else:
-        offs = first[:, None] + tl.arange(0, 8)[None, :]
-        pointer = address.to(tl.pointer_type(DTYPE))
-        if FLAT:
-            pointer = tl.multiple_of(pointer, 16) + offs
-        else:
-            at = col + offs
-            pointer += (row + at // cols) * stride_row + (at % cols) * stride_col
-        if FULL:
-            return tl.load(pointer).to(tl.float32)
-        else:
-            return tl.load(pointer, mask=offs < there, other=0.0).to(tl.float32)
+        return tl.load(pointer + (first[:, None] + tl.arange(0, 8)[None, :])).to(tl.float32)
 
 
 @triton.jit
-def _moved_far(
-    base, task, there, inv_tau,
-    BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr,
-    BLOCK: tl.constexpr, LANES: tl.constexpr,
-):
-    """A tile's sum of e u and its largest abs(x), read once more: the short series does not hold in it."""
-    moved, farthest = tl.zeros((LANES, 4), tl.float32), tl.zeros((LANES, 8), tl.float32)
-    for chunk in tl.range(0, BLOCK, LANES * 8):
-        first = chunk + tl.arange(0, LANES) * 8
-        b = _read(base, first, there, BASE, FLAT, FULL)
-        d = _read(task, first, there, TASK, FLAT, FULL) - b
-        # where nothing is, d = 0 adds nothing
-        moved = add_products(moved, tl.exp2(b * (inv_tau * LOG2E)), expm1_less(d, 0.0, inv_tau, True))
-        farthest = tl.maximum(farthest, tl.abs(d))
-    return sum_all(moved), tl.max(tl.ravel(farthest), axis=0) * inv_tau
+def _sixteen(tiles, chunk, lane, RUNS: tl.constexpr, FLAT: tl.constexpr):
+    """Of 16 neighbours of each lane of a chunk, the first and the second 8: base, difference, what is there."""
+    base, task, n, base_col, task_col = tiles
+    first = chunk + lane * 16
+    if FLAT:
+        b0, b1 = _flat_eight(base, first), _flat_eight(base, first + 8)
+        d0, d1 = _flat_eight(task, first) - b0, _flat_eight(task, first + 8) - b1
+    else:  # rows may be neighbours in memory: the tile is transposed, not the access
+        col = chunk + tl.arange(0, lane.shape[0] // RUNS * 16).to(tl.int64)[None, :]
+        b = tl.load(base + col * base_col, mask=col < n[:, None], other=0.0).to(tl.float32)
+        d = tl.load(task + col * task_col, mask=col < n[:, None], other=0.0).to(tl.float32) - b
+        b0, b1 = first_and_second(b)
+        d0, d1 = first_and_second(d)
+    place, end = first[:, None] + tl.arange(0, 8)[None, :], n if FLAT else to_lanes(n, lane.shape[0], RUNS)[:, None]
+    return (b0, d0, place < end), (b1, d1, place + 8 < end)
+
+
+@triton.jit
+def _store_far_stats(out, stored, tiles, lane, inv_tau, TILE: tl.constexpr, RUNS: tl.constexpr, FLAT: tl.constexpr):
+    """Read tiles once more for what the short series does not give: the sum of e u, and the largest change."""
+    moved, far = zeros(2, lane.shape[0], 0)
+    for chunk in tl.range(0, TILE, lane.shape[0] // RUNS * 16):
+        both = _sixteen(tiles, chunk, lane, RUNS, FLAT)
+        for i in tl.static_range(2):
+            more, farther = far_moves(both[i], inv_tau, not FLAT)
+            moved, far = moved + more, tl.maximum(far, farther)
+    store_far(out, stored, moved, far, inv_tau, RUNS)
 
 
 @triton.jit
 def head_delta_stats_kernel(
-    tiles_ptr, segments_ptr, stats_ptr, inv_tau,
-    BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, NORMS: tl.constexpr,
-    BLOCK: tl.constexpr, LANES: tl.constexpr,
+    bases_ptr, tasks_ptr, stats_ptr, rows, cols, base_row, base_col, task_row, task_col, inv_tau,
+    BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr, ALL: tl.constexpr,
+    TILE: tl.constexpr, RUNS: tl.constexpr, LANES: tl.constexpr,
 ):
-    """Pass A: statistics of every tile of every head, from one read of both models.
+    """Pass A: statistics of every tile of every matrix, from one read of both models.
 
-    Program w owns tile w of the work list: BLOCK elements of one segment of one head, LANES * 8 at a time.
+    The rows of a matrix are cut into tiles of TILE elements. A program takes one tile of each of RUNS rows.
 
-        e = exp(b / tau);  u = expm1((t - b) / tau)
-        sums of e, e u, (t - b)^2, with NORMS of b^2 and b (t - b)
-        bounds of e and of abs((t - b) / tau): partial sums of e, roots of partial sums of (t - b)^2
-
-    Every change is taken for a small one. A tile where the second bound says otherwise is read again, and
-    has its largest abs((t - b) / tau) itself for bound.
-
-    Shapes     tiles [n_tiles, 5], segments [n, 8] int64; stats [n_slots, 8] float32
-    Dtypes     weights fp32/fp16/bf16; arithmetic and sums fp32, at most BLOCK terms each
-    Scalars    inv_tau = 1 / tau; FLAT, the tiles have addresses, else segments; FULL, they have BLOCK elements each
-    Untouched  slots without a tile stay zero
+    Shapes     bases, tasks [n] int64: addresses of matrices [rows, cols]; strides in elements;
+               stats [n * rows * tiles of a row, 18] float32, see `store_stats`
+    Dtypes     weights fp32/fp16/bf16; arithmetic and sums fp32, at most TILE terms each
+    Scalars    inv_tau = 1 / tau; FLAT: rows = 1, strides 1, TILE divides cols, addresses are multiples of 16
+    Untouched  of a row of stats what only ALL metrics need
     Bytes      one read of each weight: 4 per pair of bf16 weights, 8 of fp32
     """
-    row = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_FIELDS
-    base, task = _places(row, segments_ptr, FLAT)
-    there = _count(row, FLAT)
-    e_sum = tl.zeros((LANES, 4), tl.float32)
-    moved, dd, bb, bd = e_sum, e_sum, e_sum, e_sum
-    for chunk in tl.static_range(0, BLOCK, LANES * 8):
-        first = chunk + tl.arange(0, LANES) * 8
-        b = _read(base, first, there, BASE, FLAT, FULL)
-        t = _read(task, first, there, TASK, FLAT, FULL)
-        bs, ts = halves(b), halves(t)
-        for half in tl.static_range(2):
-            b = bs[half]
-            d = ts[half] - b
-            e = tl.exp2(b * (inv_tau * LOG2E))
-            if not FULL:
-                e = tl.where(first[:, None] + tl.arange(0, 4)[None, :] * 2 + half < there, e, 0.0)
-            e_sum += e
-            moved = tl.fma(e, expm1_less(d, 0.0, inv_tau, False), moved)
-            dd = tl.fma(d, d, dd)
-            if NORMS:
-                bb, bd = tl.fma(b, b, bb), tl.fma(b, d, bd)
-    out = stats_ptr + tl.load(row + TILE_SLOT) * STAT_FIELDS
-    # ahead of the branch: else the sums are formed behind it, from what they sum
-    store_stats(out, e_sum, dd, bb, bd, NORMS)
-    moves, farthest = sum_all(moved), bound(dd, inv_tau)
-    if farthest > TAYLOR:
-        moves, farthest = _moved_far(base, task, there, inv_tau, BASE, TASK, FLAT, FULL, BLOCK, LANES)
-    tl.store(out + STAT_MOVED, moves)
-    tl.store(out + STAT_FAR, farthest)
+    of_run, groups, program = tl.cdiv(cols, TILE), tl.cdiv(rows, RUNS), tl.program_id(0)
+    part, inside = program // (of_run * groups), program % (of_run * groups)
+    tile, run = inside // groups, ((inside % groups) * RUNS + each(RUNS)).to(tl.int64)
+    start, n = tile.to(tl.int64) * TILE, tl.where(run < rows, tl.minimum(cols - tile * TILE, TILE), 0)
+    tiles = _tiles(tl.load(bases_ptr + part), tl.load(tasks_ptr + part), run, start, n,
+                   base_row, base_col, task_row, task_col, BASE, TASK, FLAT)
+    sums, pieces, lane = zeros(9 if ALL else 1, LANES, 4), (), tl.arange(0, LANES) % (LANES // RUNS)
+    for chunk in tl.static_range(0, TILE, LANES // RUNS * 16):
+        left, right = _sixteen(tiles, chunk, lane, RUNS, FLAT)
+        behind = (TILE if FLAT else to_lanes(n, LANES, RUNS)) - 16 - chunk - lane * 16
+        piece, sums = weigh(left, right, behind, inv_tau, sums, not FLAT, ALL)
+        pieces = pieces + (piece,)
+    out = stats_ptr + ((part.to(tl.int64) * rows + run) * of_run + tile) * STAT_FIELDS
+    far = store_stats(out, n > 0, pieces, sums, inv_tau, RUNS)
+    if largest(far, RUNS) > TAYLOR:
+        _store_far_stats(out, n > 0, tiles, lane, inv_tau, TILE, RUNS, FLAT)
 
 
 @triton.jit
-def _scan_chunk(
-    chunk, state, base, task, there, counted, start, inv_tau, BASE: tl.constexpr, TASK: tl.constexpr,
-    FLAT: tl.constexpr, FULL: tl.constexpr, EXTRA: tl.constexpr, EXACT: tl.constexpr, LANES: tl.constexpr,
-):
-    """16 neighbours of each lane, whose 32 bytes are one sector of memory: carry, steps and sums behind them."""
-    carry, steps, sums = state
-    eight = tl.arange(0, 8)[None, :]
-    left = chunk + tl.arange(0, LANES) * 16
-    right = left + 8
-    b = _read(base, left, there, BASE, FLAT, FULL)
-    d = _read(task, left, there, TASK, FLAT, FULL) - b
-    inside, sums = step(b, d, left[:, None] + eight < there, start, inv_tau, sums, FULL, EXTRA, EXACT)
-    b = _read(base, right, there, BASE, FLAT, FULL)
-    d = _read(task, right, there, TASK, FLAT, FULL) - b
-    beyond, sums = step(b, d, right[:, None] + eight < there, start, inv_tau, sums, FULL, EXTRA, EXACT)
-    half = last_of_8(inside)
-    whole = half + last_of_8(beyond)
-    before = carry + (tl.cumsum(whole, axis=0) - whole)
-    steps += lengths(inside, before, left[:, None] + eight < counted, FULL)
-    steps += lengths(beyond, before + half, right[:, None] + eight < counted, FULL)
-    return carry + tl.sum(whole, axis=0), steps, sums
-
-
-@triton.jit
-def _scan_tile(
-    base, task, there, counted, start, inv_tau, out, BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr,
-    FULL: tl.constexpr, EXTRA: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-):
-    none = tl.zeros((LANES, 4), tl.float32)
-    state = (start[START_CARRY], tl.zeros((LANES,), tl.float32), (none, none, none, none, none, none))
-    if EXACT or not FLAT or BASE != TASK:  # the rare ones: short code
-        for chunk in tl.range(0, BLOCK, LANES * 16):
-            state = _scan_chunk(chunk, state, base, task, there, counted, start, inv_tau,
-                                BASE, TASK, FLAT, FULL, EXTRA, EXACT, LANES)
+def _tiles(base, task, run, start, n, base_row, base_col, task_row, task_col,
+           BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr):
+    """What `_sixteen` reads tiles of n elements by: pointers to their first ones, [RUNS, 1]; if FLAT, to the one's."""
+    base, task = base.to(tl.pointer_type(BASE)), task.to(tl.pointer_type(TASK))
+    if FLAT:
+        return tl.multiple_of(base + start, 16), tl.multiple_of(task + start, 16), n, base_col, task_col
     else:
-        for chunk in tl.static_range(0, BLOCK, LANES * 16):
-            state = _scan_chunk(chunk, state, base, task, there, counted, start, inv_tau,
-                                BASE, TASK, FLAT, FULL, EXTRA, EXACT, LANES)
-    _, steps, sums = state
-    store_scan(out, steps, sums, start[START_GROWTH], EXTRA, EXACT)
+        base, task = base + (run * base_row + start * base_col), task + (run * task_row + start * task_col)
+        return base[:, None], task[:, None], n, base_col, task_col
+
+
+@triton.jit
+def _scan(carry, exact, tiles, lane, r, inv_tau, TILE: tl.constexpr, RUNS: tl.constexpr, FLAT: tl.constexpr,
+          EXACT: tl.constexpr):
+    sums = zeros(6 if EXACT else 1, lane.shape[0], 0)
+    if EXACT:  # the rare ones: short code
+        for chunk in tl.range(0, TILE, lane.shape[0] // RUNS * 16):
+            left, right = _sixteen(tiles, chunk, lane, RUNS, FLAT)
+            carry, sums = scan(left, right, carry, r, inv_tau, sums, RUNS, not FLAT, EXACT)
+    else:
+        for chunk in tl.static_range(0, TILE, lane.shape[0] // RUNS * 16):
+            left, right = _sixteen(tiles, chunk, lane, RUNS, FLAT)
+            carry, sums = scan(left, right, carry, r, inv_tau, sums, RUNS, not FLAT, EXACT)
+    return scanned(sums, to_lanes(exact, lane.shape[0], RUNS))
 
 
 @triton.jit
 def head_delta_scan_kernel(
-    tiles_ptr, segments_ptr, starts_ptr, scans_ptr, inv_tau,
-    BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr, FULL: tl.constexpr, EXTRA: tl.constexpr,
-    BLOCK: tl.constexpr, LANES: tl.constexpr,
+    bases_ptr, tasks_ptr, list_ptr, carries_ptr, heads_ptr, sums_ptr, slots, first_row, end_row,
+    rows, cols, base_row, base_col, task_row, task_col, inv_tau,
+    BASE: tl.constexpr, TASK: tl.constexpr, FLAT: tl.constexpr,
+    TILE: tl.constexpr, RUNS: tl.constexpr, LANES: tl.constexpr,
 ):
-    """Pass B: the distribution functions' difference, tile by tile from carries of pass A.
+    """Pass B: the CDF differences in the tiles listed for it, from a second read of these.
 
-    Program w owns tile n - 1 - w of the n of the work list: what pass A read last is still in L2.
+    Program (h, i) takes RUNS tiles of head h's list at a time, every num_programs(1)-th. Those that are not among
+    the rows first_row .. end_row of stats are of matrices of another kind.
 
-        e = exp(b / tau) / 2^shift;  change_i = e_i (u_i - r) = (P_T - P_B)_i Z_T
-        cdf_i = carry + sum_{j <= i} change_j;  sum of abs(cdf_i)
-        EXTRA: KL, JS and cosine from sums of e m^2, e m^3, e m^4 (m = u - r), e^2, e change, change^2
+        c_i = e_i (u_i - r) = (P_T - P_B)_i Z_T;  cdf_i = carry + sum_{j <= i} c_j;  sum of abs(cdf_i)
 
-    The head's last element, where both CDFs are 1, is left out; in a FULL tile it stays, for it is 0 but for
-    rounding and one of many.
+    The head's last element, where both CDFs are 1, stays: there, cdf_i is 0 but for rounding.
 
-    Shapes     starts [n_slots, 5] float32: carry, shift, r, 1 / (1 + r), a bound of abs(x) + abs(r);
-               scans [n_slots, 8] float32
-    Dtypes     weights fp32/fp16/bf16; arithmetic fp32; carries come from float64 sums
-    Scalars    inv_tau = 1 / tau; FLAT and FULL as in pass A
-    Untouched  slots without a tile stay zero
-    Bytes      a second read of each weight: 4 per pair of bf16 weights, 8 of fp32
+    Shapes     list, carries, heads as `list_tiles_kernel` wrote them; sums [num_programs(1), n, 16] float64
+    Dtypes     weights fp32/fp16/bf16; arithmetic fp32, sums over tiles fp64; carries come from float64 sums
+    Scalars    those of pass A
+    Untouched  columns of `sums` that come from pass A alone
+    Bytes      one read of each weight that is in a listed tile
     """
-    row = tiles_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * TILE_FIELDS
-    base, task = _places(row, segments_ptr, FLAT)
-    slot, there = tl.load(row + TILE_SLOT), _count(row, FLAT)
-    counted = there - tl.load(row + TILE_LAST).to(tl.int32)
-    start, out = load_start(starts_ptr, slot), scans_ptr + slot * SCAN_FIELDS
-    if start[START_FAR] <= TAYLOR:
-        _scan_tile(base, task, there, counted, start, inv_tau, out, BASE, TASK, FLAT, FULL, EXTRA, False, BLOCK, LANES)
-    else:
-        _scan_tile(base, task, there, counted, start, inv_tau, out, BASE, TASK, FLAT, FULL, EXTRA, True, BLOCK, LANES)
+    head, of_run, lane = tl.program_id(0).to(tl.int64), tl.cdiv(cols, TILE), tl.arange(0, LANES) % (LANES // RUNS)
+    r, listed = load_head(heads_ptr, head)
+    sums, i = scanned((), True), tl.program_id(1) * RUNS
+    while i < listed:
+        row, mine, exact, carry = load_listed(list_ptr, carries_ptr, head * slots, i + each(RUNS), listed, first_row, end_row)
+        if largest(mine.to(tl.int32), RUNS) > 0:
+            part, inside = row // (rows * of_run), row % (rows * of_run)
+            start = (inside % of_run) * TILE
+            n = tl.where(mine, tl.minimum(cols - start, TILE), 0)
+            tiles = _tiles(tl.load(bases_ptr + part), tl.load(tasks_ptr + part), (inside // of_run).to(tl.int64),
+                           start.to(tl.int64), n, base_row, base_col, task_row, task_col, BASE, TASK, FLAT)
+            if largest(exact.to(tl.int32), RUNS) > 0:
+                more = _scan(carry, exact, tiles, lane, r, inv_tau, TILE, RUNS, FLAT, True)
+            else:
+                more = _scan(carry, exact, tiles, lane, r, inv_tau, TILE, RUNS, FLAT, False)
+            sums = add_each(sums, more)
+        i += tl.num_programs(1) * RUNS
+    store_sums(sums_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + head) * SUM_FIELDS, sums)

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ABI = 4  # of csrc_triton, as this package calls it
+ABI = 5  # of csrc_triton, as this package calls it
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # as Triton does: faster than the public function
 
 

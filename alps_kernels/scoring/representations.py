@@ -6,12 +6,14 @@ Biases and output gates are no part of any of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from ..layout import AttentionLayer, HeadSlice, LayoutError
 from ..ops import Segment
+from ..tensors import as_matrix
 
 # The roles whose matrices are flattened and concatenated, in this order. A latent query (MLA) has
 # rotary rows of its own, which are part of q.
@@ -74,9 +76,25 @@ class Piece:
 
     def segment(self, base: Mapping[str, Tensor], task: Mapping[str, Tensor], rename: Callable[[str], str]) -> Segment:
         """The blocks of both models; `rename` turns a base parameter's name into the task's."""
-        pair = (stacked([block.matrix(base[block.param]) for block in self.blocks]),
-                stacked([block.matrix(task[rename(block.param)]) for block in self.blocks]))
-        return Segment(*pair, self.index)
+        step = self._step()
+        return Segment(*(self._stacked(weights, step) for weights in (
+            base, {name: task[rename(name)] for name in self.params})), self.index)
+
+    def _step(self) -> int | None:
+        """How far each block is from the one before in the same parameter; None where they do not lie evenly."""
+        first, *others = self.blocks
+        step = others[0].start - first.start if others else 0
+        even = all((block.param, block.dim, block.start, block.stop) == (first.param, first.dim, at, at + first.size)
+                   for at, block in zip(count(first.start + step, step), others, strict=False))
+        return step if even and step >= 0 else None
+
+    def _stacked(self, weights: Mapping[str, Tensor], step: int | None) -> Tensor:
+        """All blocks, [n, rows, cols]."""
+        if step is None:
+            return stacked([block.matrix(weights[block.param]) for block in self.blocks])
+        first, tensor = self.blocks[0].matrix(weights[self.blocks[0].param]), as_matrix(weights[self.blocks[0].param])
+        return first.as_strided((len(self.blocks), *first.shape),
+                                (step * tensor.stride(self.blocks[0].dim), *first.stride()))
 
 
 def _role(layers: Sequence[AttentionLayer], layer: AttentionLayer, role: str) -> list[Piece]:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -139,18 +140,30 @@ def _score(base: ModelOrPath, task: ModelOrPath, metrics: tuple[str, ...], repre
 
     plan = plan[share]
     reader = _Reader(first, second, rename, where)
-    compute = head_delta_projection if representation == "projection" else head_delta
     found: dict[str, list[Tensor]] = {name: [] for name in metrics}
     for batch in _bar(_batches(plan, reader), progress):
-        segments = reader.segments(batch)
-        if representation == "projection":
-            for (layer, _), triple in zip(batch, segments, strict=True):
-                check_projection(layer, triple)
-        for name, values in compute(segments, metrics, temperature=temperature).items():
+        for name, values in _scores_of(batch, reader, metrics, representation, temperature).items():
             found[name] += values.split([layer.n_heads for layer, _ in batch])
-    found = {name: [values.cpu() for values in layers] for name, layers in found.items()}
     layout = first.layout
     return _Scored(found, chosen, layout.heads_per_layer, layout.summary(), reader.identical, reader.provenance())
+
+
+def _scores_of(batch: Plan, reader: _Reader, metrics: tuple[str, ...], representation: str,
+               temperature: float) -> dict[str, Tensor]:
+    """The scores of the heads of some layers, whose weights are let go of with it."""
+    base, task = reader.read(batch)
+    segments = [tuple(piece.segment(base, task, reader.rename) for piece in parts) for _, parts in batch]
+    if representation == "projection":
+        for (layer, _), triple in zip(batch, segments, strict=True):
+            check_projection(layer, triple)
+    compute = head_delta_projection if representation == "projection" else head_delta
+    try:
+        values = compute(segments, metrics, temperature=temperature)
+    except ValueError:
+        reader.refuse_unsound(base, task)
+        raise
+    reader.identical = reader.identical and not any(of.any() for of in values.values()) and reader.equal(base, task)
+    return values
 
 
 def _checked(metric: str | Sequence[str], representation: str, temperature: float) -> tuple[str, ...]:
@@ -190,7 +203,7 @@ def _open(base: ModelOrPath, task: ModelOrPath, config: Any) -> tuple[Weights, W
     opened = []
     for source, other in ((base, task), (task, base)):
         if isinstance(source, here):
-            opened.append(ModelWeights(source) if isinstance(source, nn.Module) else source)
+            opened.append(ModelWeights(source, cached_layout=True) if isinstance(source, nn.Module) else source)
         else:
             from ..weights import open_checkpoint
 
@@ -198,6 +211,7 @@ def _open(base: ModelOrPath, task: ModelOrPath, config: Any) -> tuple[Weights, W
     return opened[0], opened[1]
 
 
+_version = cache(version)  # which parses a file
 TOGETHER = 2**24  # elements: starting threads costs as much as a small layer, of which a model has dozens
 Plan = list[tuple[AttentionLayer, list[Piece]]]
 
@@ -229,7 +243,7 @@ def _bar(batches: list[Plan], progress: bool) -> Iterable[Plan]:
 
 
 class _Reader:
-    """Reads both models' weights of some layers, checks them, and cuts them into segments."""
+    """Reads both models' weights of some layers."""
 
     def __init__(self, base: Weights, task: Weights, rename: Callable[[str], str],
                  device: torch.device | None) -> None:
@@ -248,40 +262,36 @@ class _Reader:
             return 0
         return math.inf if held.pop().type == "cuda" else TOGETHER
 
-    def segments(self, batch: Plan) -> list[tuple]:
-        """The segments of every layer of the batch, on the device that computes."""
+    def read(self, batch: Plan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The base's and the task's weights of the batch by name, on the device that computes."""
         names = _params(batch)
         base = self._read("base", self.base, names)
         task = self._read("task", self.task, [self.rename(name) for name in names])
-        for name in names:
-            other = self.rename(name)
-            task[other] = task[other].to(base[name].device)
-            self.identical = self.identical and _equal(base[name], task[other])
-        return [tuple(piece.segment(base, task, self.rename) for piece in parts) for _, parts in batch]
+        return base, {self.rename(name): task[self.rename(name)].to(base[name].device) for name in names}
 
     def _read(self, which: str, weights: Weights, names: list[str]) -> dict[str, Tensor]:
         tensors = {name: tensor.to(self.device or tensor.device) for name, tensor in weights.read(names).items()}
-        extremes = [torch.stack(torch.aminmax(tensor)).double() for tensor in tensors.values()]
-        # NaN reaches both extremes. One look at all tensors: on a GPU each look waits for it.
-        finite = torch.stack([extreme.to(extremes[0].device) for extreme in extremes]).isfinite().all(1)
-        if not finite.all():
-            name = list(tensors)[int((~finite).nonzero()[0])]
-            bad = int((~tensors[name].isfinite()).sum())
-            raise ValueError(f"{name} of the {which} model ({weights.name}) holds {bad} NaN or infinite weights")
         self._dtypes[which] |= {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
         return tensors
+
+    def equal(self, base: dict[str, Tensor], task: dict[str, Tensor]) -> bool:
+        pairs = ((one, task[self.rename(name)]) for name, one in base.items())
+        return all(torch.equal(one.to(wide := torch.promote_types(one.dtype, other.dtype)), other.to(wide))
+                   for one, other in pairs)
+
+    def refuse_unsound(self, base: dict[str, Tensor], task: dict[str, Tensor]) -> None:
+        """Raises ValueError if a weight is NaN or infinite. The scores show that; this finds the tensor to name."""
+        for which, weights, tensors in (("base", self.base, base), ("task", self.task, task)):
+            for name, tensor in tensors.items():
+                if bad := int((~tensor.isfinite()).sum()):
+                    raise ValueError(f"{name} of the {which} model ({weights.name}) holds {bad} NaN or infinite weights")
 
     def provenance(self) -> dict[str, Any]:
         """What a file of scores says of where they are from; no path but what the user called it."""
         models = {which: {"name": weights.name, "model_type": weights.layout.model_type,
                           "dtypes": sorted(self._dtypes[which]), "streamed": not weights.in_memory}
                   for which, weights in (("base", self.base), ("task", self.task))}
-        versions = {"alps_kernels": __version__, "torch": torch.__version__, "transformers": version("transformers"),
+        versions = {"alps_kernels": __version__, "torch": torch.__version__, "transformers": _version("transformers"),
                     "python": platform.python_version()}
         return {"models": models, "versions": versions,
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-
-
-def _equal(base: Tensor, task: Tensor) -> bool:
-    wide = torch.promote_types(base.dtype, task.dtype)
-    return torch.equal(base.to(wide), task.to(wide))

@@ -70,7 +70,8 @@ def _check_pair(base: Weights, mine: AttentionLayer, task: Weights, other: Atten
             raise LayoutError(f"{task.name} has no {rename(name)}, which goes with {name} of {base.name}")
         if ours != theirs:
             raise LayoutError(f"{name} is {list(ours)} in {base.name} and {list(theirs)} in {task.name}")
+    same = all(rename(part.param) == part.param for part in mine.parts)
     here, there = ((layer.group_of, layer.kv_layer, layer.heads, layer.groups)
-                   for layer in (with_params(mine, rename), other))
+                   for layer in (mine if same else with_params(mine, rename), other))
     if here != there:
         raise LayoutError(f"{mine.module}: the heads of {base.name} and {task.name} lie differently in its weights")

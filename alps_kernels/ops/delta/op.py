@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..device import runs_kernels
 from . import cpu
-from .tables import LAUNCHABLE, Sums, flat_sums, projection_sums
+from .tables import flat_sums, projection_sums
 
+LAUNCHABLE = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels read
 METRICS = ("pad", "pad_index", "pad_values", "kl", "js", "cosine", "cosine_weights", "euclidean", "relative")
+SHORT = {"pad", "pad_index", "euclidean"}  # what needs few of the sums
 
 
 @dataclass(frozen=True)
@@ -71,39 +73,43 @@ def head_delta_projection(layers: Sequence[tuple[Segment, Segment, Segment]], me
 
 def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str | None,
               projection: bool) -> dict[str, Tensor]:
-    """Layers of one kind in one launch each, the others and what the kernels do not do by the CPU backend."""
+    """What the kernels do by them, layers of one kind together; the others, and doubtful heads, by the CPU backend."""
     plain = cpu.head_delta_projection if projection else cpu.head_delta
     summed = [name for name in metrics if name != "pad_values"]  # a sort, which torch does well
-    norms = bool({"cosine_weights", "relative"} & set(metrics))
-    extra = bool({"kl", "js", "cosine"} & set(metrics))
     batches: dict[tuple | torch.device, list[int]] = {}
     for i, layer in enumerate(layers):
         kernel = summed and (runs_kernels(layer[0].base) if backend is None else backend == "triton")
         kernel = kernel and all(side.dtype in LAUNCHABLE for s in layer for side in (s.base, s.task))
         kernel = kernel and not (projection and any(side.stride(2) != 1 for side in (layer[0].base, layer[0].task)))
         batches.setdefault(_kind(layer, projection) if kernel else layer[0].base.device, []).append(i)
-    found: list[dict[str, Tensor]] = [{} for _ in layers]
-    for kind, indices in batches.items():
-        widths = [len(layers[i][0].index) for i in indices]
+    widths = [len(layer[0].index) for layer in layers]
+    found = {name: [torch.empty(0, dtype=torch.float64, device="cpu")] * max(1, len(layers)) for name in metrics}
+    for kind, numbers in batches.items():
+        some = [layers[i] for i in numbers]
         if isinstance(kind, torch.device):
-            columns = plain([layers[i] for i in indices], metrics, temperature=tau, numbers=indices)
-            for i, *values in zip(indices, *(column.split(widths) for column in columns.values()), strict=True):
-                found[i] = dict(zip(columns, values, strict=True))
-            continue
-        sums = (projection_sums if projection else flat_sums)([layers[i] for i in indices], tau, norms, extra)
-        _refuse_unsound(sums, indices, widths)
-        doubtful = sums.doubtful(summed).split(widths)
-        columns = {name: values.cpu().split(widths) for name, values in sums.scores(summed).items()}
-        for at, i in enumerate(indices):
-            found[i] = {name: column[at] for name, column in columns.items()}
+            values = plain(some, metrics, temperature=tau, numbers=numbers)
+        else:
+            sums = (projection_sums if projection else flat_sums)(some, tau, bool(set(summed) - SHORT))
+            values = sums.scores(summed)
             if "pad_values" in metrics:
-                found[i] |= plain([layers[i]], ["pad_values"], temperature=tau)
-            if rows := doubtful[at].nonzero().flatten().tolist():
-                some = [Segment(s.base, s.task, tuple(s.index[h] for h in rows)) for s in layers[i]]
-                for name, values in plain([some], summed, temperature=tau).items():
-                    found[i][name][rows] = values
-    empty = torch.empty(0, dtype=torch.float64, device="cpu")
-    return {name: torch.cat([empty, *(each[name] for each in found)]) for name in metrics}
+                values |= plain(some, ["pad_values"], temperature=tau, numbers=numbers)
+            heads = [(layer, head, i) for layer, i in zip(some, numbers, strict=True) for head in range(widths[i])]
+            for at in sums.doubtful(summed).nonzero().flatten().tolist():
+                for name, value in _of_one(plain, *heads[at], summed, tau).items():
+                    values[name][at] = value
+        for name, column in values.items():
+            for i, part in zip(numbers, column.split([widths[i] for i in numbers]), strict=True):
+                found[name][i] = part
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _of_one(plain: Callable[..., dict[str, Tensor]], layer: Sequence[Segment], head: int, number: int,
+            metrics: Sequence[str], tau: float) -> dict[str, Tensor]:
+    """One head by the CPU backend, in float64."""
+    exact = [Segment(*(side[s.index[head]][None].double() for side in (s.base, s.task)), (0,)) for s in layer]
+    if not all(side.isfinite().all() for s in exact for side in (s.base, s.task)):
+        raise ValueError(f"head {head} of layer {number} of those given has NaN or Inf weights")
+    return {name: value[0] for name, value in plain([exact], metrics, temperature=tau).items()}
 
 
 def _kind(layer: Sequence[Segment], projection: bool) -> tuple:
@@ -113,15 +119,6 @@ def _kind(layer: Sequence[Segment], projection: bool) -> tuple:
     q, _, v = layer
     return (q.base.device, q.base.shape[1:], v.base.shape[1], q.base.dtype, q.task.dtype,
             q.base.stride(1), q.task.stride(1))
-
-
-def _refuse_unsound(sums: Sums, indices: Sequence[int], widths: Sequence[int]) -> None:
-    if bad := (~sums.sound).nonzero().flatten().tolist():
-        head = bad[0]
-        for i, width in zip(indices, widths, strict=True):
-            if head < width:
-                raise ValueError(f"head {head} of layer {i} of those given has NaN or Inf weights")
-            head -= width
 
 
 def _check(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], temperature: float) -> None:
@@ -142,5 +139,6 @@ def _check(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], temperat
                                  "expected one non-empty shape [n, rows, cols]")
             if not (s.base.is_floating_point() and s.task.is_floating_point()):
                 raise ValueError(f"layer {i}: base is {s.base.dtype}, task {s.task.dtype}; expected floating point")
-            if outside := [k for k in s.index if not 0 <= k < len(s.base)]:
-                raise ValueError(f"layer {i}: a head reads matrix {outside[0]} of {len(s.base)}")
+            n = len(s.base)
+            if outside := [k for k in s.index if not 0 <= k < n]:
+                raise ValueError(f"layer {i}: a head reads matrix {outside[0]} of {n}")
