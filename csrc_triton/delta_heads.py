@@ -86,7 +86,9 @@ def list_tiles_kernel(first_ptr, places_ptr, kinds_of_ptr, kinds_ptr, stats_ptr,
             exact = there & (farthest > near)
             least = tl.minimum(tl.abs(before), tl.abs(after))
             # the bound is of float32 sums
-            needed = there & (exact | (before * after < 0.0) | (least < bridge * 1.00001))
+            needed = there & ((before * after < 0.0) | (least < bridge * 1.00001))
+            if ALL:
+                needed = needed | exact
             n = tl.minimum(run - (slot % of_run) * tile, tile).to(tl.float64)
             steps = tl.where(there & (needed == 0), tl.abs(n * before + a_line - r * e_line), 0.0)
             to = head * slots + listed + tl.cumsum(needed.to(tl.int64), axis=0) - 1

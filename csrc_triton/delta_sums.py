@@ -12,7 +12,6 @@ import triton.language as tl
 from .series import LOG2E, exact_divergences, expm1_less
 
 STAT_FIELDS = tl.constexpr(18)  # of a row of `stats`, whose columns are listed in `store_stats`
-STAT_MOVED, STAT_FAR = tl.constexpr(2), tl.constexpr(8)
 
 
 @triton.jit
@@ -30,6 +29,12 @@ def max_lanes(x, RUNS: tl.constexpr):
 def each(RUNS: tl.constexpr):
     """The numbers of the tiles."""
     return 0 if RUNS == 1 else tl.arange(0, RUNS)
+
+
+@triton.jit
+def lanes(LANES: tl.constexpr, RUNS: tl.constexpr):
+    """The number of each lane among those of its tile."""
+    return tl.arange(0, LANES) % (LANES // RUNS)
 
 
 @triton.jit
@@ -97,10 +102,10 @@ def add_each(sums, more):
 
 
 @triton.jit
-def _weigh(eight, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.constexpr):
+def _weigh(eight, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.constexpr, EXACT: tl.constexpr):
     """Of the prefix sums E_i of e and A_i of e u: the last ones, their sums, the largest abs(A_i); and new `sums`."""
     b, d, there = eight
-    e, u = exp_of(b, there, inv_tau, MASKED), expm1_less(d, 0.0, inv_tau, False)
+    e, u = exp_of(b, there, inv_tau, MASKED), expm1_less(d, 0.0, inv_tau, EXACT)
     a = e * u
     left, right = (d,), (d,)
     if ALL:
@@ -115,14 +120,14 @@ def _weigh(eight, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.constexpr):
 
 
 @triton.jit
-def weigh(left, right, behind, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.constexpr):
+def weigh(left, right, behind, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.constexpr, EXACT: tl.constexpr):
     """Pass A, 16 neighbours of each lane: what `store_stats` needs of them, and `sums` with theirs added.
 
-    Every change is taken for a small one. `left` and `right` are b, d and what is there, [lanes, 8], zeros where
-    MASKED and not there: that comes behind what is. So many elements of the tile are `behind` the 16.
+    Unless EXACT, every change is taken for a small one. `left` and `right` are b, d and what is there, [lanes, 8],
+    zeros where MASKED and not there: that comes behind what is. So many elements of the tile are `behind` the 16.
     """
-    e0, a0, e_line0, a_line0, most0, sums = _weigh(left, inv_tau, sums, MASKED, ALL)
-    e1, a1, e_line1, a_line1, most1, sums = _weigh(right, inv_tau, sums, MASKED, ALL)
+    e0, a0, e_line0, a_line0, most0, sums = _weigh(left, inv_tau, sums, MASKED, ALL, EXACT)
+    e1, a1, e_line1, a_line1, most1, sums = _weigh(right, inv_tau, sums, MASKED, ALL, EXACT)
     e, a, n = e0 + e1, a0 + a1, behind.to(tl.float32)
     e_line = tl.fma(e, n, tl.fma(e0, 8.0, e_line0 + e_line1))
     a_line = tl.fma(a, n, tl.fma(a0, 8.0, a_line0 + a_line1))
@@ -130,9 +135,9 @@ def weigh(left, right, behind, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.cons
 
 
 @triton.jit
-def in_two(lanes, RUNS: tl.constexpr):
+def _in_two(x, RUNS: tl.constexpr):
     """Sums over lanes, to float64's precision: in two float32."""
-    total = sum_lanes(lanes.to(tl.float64), RUNS)
+    total = sum_lanes(x.to(tl.float64), RUNS)
     return total.to(tl.float32), (total - total.to(tl.float32)).to(tl.float32)
 
 
@@ -147,8 +152,8 @@ def store_stats(out, stored, pieces, sums, inv_tau, RUNS: tl.constexpr):
     total, top = pieces[0], pieces[0][0]
     for i in tl.static_range(1, len(pieces)):
         total, top = add_each(total, pieces[i]), tl.maximum(top, pieces[i][0])
-    e_n, e_rest = in_two(total[0], RUNS)
-    a_n, a_rest = in_two(total[1], RUNS)
+    e_n, e_rest = _in_two(total[0], RUNS)
+    a_n, a_rest = _in_two(total[1], RUNS)
     slope = to_lanes(a_n / tl.maximum(e_n, 1e-37), top.shape[0], RUNS)
     before, bridge = e_n * 0.0, tl.zeros_like(top)
     for i in tl.static_range(len(pieces)):
@@ -165,23 +170,6 @@ def store_stats(out, stored, pieces, sums, inv_tau, RUNS: tl.constexpr):
     for i in tl.static_range(len(row)):
         tl.store(out + i, row[i], mask=stored)
     return far
-
-
-@triton.jit
-def far_moves(eight, inv_tau, MASKED: tl.constexpr):
-    """Sums of e u and the largest abs(d) of 8 neighbours, whatever the changes are."""
-    b, d, there = eight
-    moved = exp_of(b, there, inv_tau, MASKED) * expm1_less(d, 0.0, inv_tau, True)
-    return tl.sum(moved, axis=1), tl.max(tl.abs(d), axis=1)
-
-
-@triton.jit
-def store_far(out, stored, moved, far, inv_tau, RUNS: tl.constexpr):
-    """Correct the rows of `stats` of tiles for which the short series does not hold, from `far_moves`."""
-    moved, rest = in_two(moved, RUNS)
-    tl.store(out + STAT_MOVED, moved, mask=stored)
-    tl.store(out + STAT_MOVED + 1, rest, mask=stored)
-    tl.store(out + STAT_FAR, max_lanes(far, RUNS) * inv_tau, mask=stored)
 
 
 @triton.jit

@@ -9,8 +9,7 @@ import triton.language as tl
 
 from .delta_heads import SUM_FIELDS, load_head, load_listed, store_sums
 from .delta_sums import (
-    STAT_FIELDS, add_each, each, far_moves, first_and_second, largest, scan, scanned, store_far, store_stats, to_lanes,
-    weigh, zeros,
+    STAT_FIELDS, add_each, each, first_and_second, lanes, largest, scan, scanned, store_stats, to_lanes, weigh, zeros,
 )
 from .series import TAYLOR
 
@@ -46,15 +45,15 @@ def _sixteen(tiles, chunk, lane, RUNS: tl.constexpr, FLAT: tl.constexpr):
 
 
 @triton.jit
-def _store_far_stats(out, stored, tiles, lane, inv_tau, TILE: tl.constexpr, RUNS: tl.constexpr, FLAT: tl.constexpr):
-    """Read tiles once more for what the short series does not give: the sum of e u, and the largest change."""
-    moved, far = zeros(2, lane.shape[0], 0)
-    for chunk in tl.range(0, TILE, lane.shape[0] // RUNS * 16):
-        both = _sixteen(tiles, chunk, lane, RUNS, FLAT)
-        for i in tl.static_range(2):
-            more, farther = far_moves(both[i], inv_tau, not FLAT)
-            moved, far = moved + more, tl.maximum(far, farther)
-    store_far(out, stored, moved, far, inv_tau, RUNS)
+def _store_stats(out, tiles, lane, inv_tau, TILE: tl.constexpr, RUNS: tl.constexpr, FLAT: tl.constexpr,
+                 ALL: tl.constexpr, EXACT: tl.constexpr):
+    sums, pieces, n = zeros(9 if ALL else 1, lane.shape[0], 4), (), tiles[2]
+    for chunk in tl.static_range(0, TILE, lane.shape[0] // RUNS * 16):
+        left, right = _sixteen(tiles, chunk, lane, RUNS, FLAT)
+        behind = (TILE if FLAT else to_lanes(n, lane.shape[0], RUNS)) - 16 - chunk - lane * 16
+        piece, sums = weigh(left, right, behind, inv_tau, sums, not FLAT, ALL, EXACT)
+        pieces = pieces + (piece,)
+    return store_stats(out, n > 0, pieces, sums, inv_tau, RUNS)
 
 
 @triton.jit
@@ -80,16 +79,10 @@ def head_delta_stats_kernel(
     start, n = tile.to(tl.int64) * TILE, tl.where(run < rows, tl.minimum(cols - tile * TILE, TILE), 0)
     tiles = _tiles(tl.load(bases_ptr + part), tl.load(tasks_ptr + part), run, start, n,
                    base_row, base_col, task_row, task_col, BASE, TASK, FLAT)
-    sums, pieces, lane = zeros(9 if ALL else 1, LANES, 4), (), tl.arange(0, LANES) % (LANES // RUNS)
-    for chunk in tl.static_range(0, TILE, LANES // RUNS * 16):
-        left, right = _sixteen(tiles, chunk, lane, RUNS, FLAT)
-        behind = (TILE if FLAT else to_lanes(n, LANES, RUNS)) - 16 - chunk - lane * 16
-        piece, sums = weigh(left, right, behind, inv_tau, sums, not FLAT, ALL)
-        pieces = pieces + (piece,)
-    out = stats_ptr + ((part.to(tl.int64) * rows + run) * of_run + tile) * STAT_FIELDS
-    far = store_stats(out, n > 0, pieces, sums, inv_tau, RUNS)
-    if largest(far, RUNS) > TAYLOR:
-        _store_far_stats(out, n > 0, tiles, lane, inv_tau, TILE, RUNS, FLAT)
+    out, lane = stats_ptr + ((part.to(tl.int64) * rows + run) * of_run + tile) * STAT_FIELDS, lanes(LANES, RUNS)
+    far = _store_stats(out, tiles, lane, inv_tau, TILE, RUNS, FLAT, ALL, False)
+    if largest(far, RUNS) > TAYLOR:  # read once more, for what the short series does not give
+        _store_stats(out, tiles, lane, inv_tau, TILE, RUNS, FLAT, ALL, True)
 
 
 @triton.jit
@@ -141,7 +134,7 @@ def head_delta_scan_kernel(
     Untouched  columns of `sums` that come from pass A alone
     Bytes      one read of each weight that is in a listed tile
     """
-    head, of_run, lane = tl.program_id(0).to(tl.int64), tl.cdiv(cols, TILE), tl.arange(0, LANES) % (LANES // RUNS)
+    head, of_run, lane = tl.program_id(0).to(tl.int64), tl.cdiv(cols, TILE), lanes(LANES, RUNS)
     r, listed = load_head(heads_ptr, head)
     sums, i = scanned((), True), tl.program_id(1) * RUNS
     while i < listed:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .delta_heads import SUM_FIELDS, load_head, load_listed, store_sums
 from .delta_sums import (
-    STAT_FIELDS, add_each, far_moves, first_and_second, scan, scanned, store_far, store_stats, weigh, zeros,
+    STAT_FIELDS, add_each, first_and_second, scan, scanned, store_stats, weigh, zeros,
 )
 from .series import TAYLOR
 
@@ -70,13 +70,16 @@ def projection_stats_kernel(
     left, right, behind = _form_projection(
         head, tile, bases_ptr, tasks_ptr, groups_ptr, mb_ptr, mt_ptr, md_ptr, d_model, stride_qb, stride_qt,
         BASE, TASK, D_K, D_V, V_PAD, ROWS, K_BLOCK, PRECISION)
-    piece, sums = weigh(left, right, behind, inv_tau, zeros(9 if ALL else 1, ROWS * V_PAD // 16, 4), True, ALL)
     out = stats_ptr + (head * tl.num_programs(1) + tile) * STAT_FIELDS
-    far = store_stats(out, True, (piece,), sums, inv_tau, 1)
-    if far > TAYLOR:
-        moved0, far0 = far_moves(left, inv_tau, True)
-        moved1, far1 = far_moves(right, inv_tau, True)
-        store_far(out, True, moved0 + moved1, tl.maximum(far0, far1), inv_tau, 1)
+    if _store_stats(out, left, right, behind, inv_tau, ALL, False) > TAYLOR:
+        _store_stats(out, left, right, behind, inv_tau, ALL, True)
+
+
+@triton.jit
+def _store_stats(out, left, right, behind, inv_tau, ALL: tl.constexpr, EXACT: tl.constexpr):
+    none = zeros(9 if ALL else 1, behind.shape[0], 4)
+    piece, sums = weigh(left, right, behind, inv_tau, none, True, ALL, EXACT)
+    return store_stats(out, True, (piece,), sums, inv_tau, 1)
 
 
 @triton.jit
