@@ -1,24 +1,32 @@
 """Scoring: ours beside the released algorithm, in one run on the same device and cores.
 
     python -m bench.bench_score [--shape NAME ...] [--layers N]
+    python -m bench.bench_score --tiles                  # sizes of tiles, and programs of a head (GPU)
+    python -m bench.bench_score --pair BASE TASK         # share of tiles that are read twice, of two checkpoints
 
 The released algorithm: softmax in float32, then SciPy's wasserstein_distance over the element's
 position in [0, 1], head after head. It runs on the CPU whatever the device. `score_heads` is the public
 function on two models in memory; the other rows are of the functions that it calls for each batch of layers.
-On a GPU there are also rows of kernels alone, without the host's time (`bench.kernels`).
+On a GPU there are also rows of kernels alone, without the host's time (`bench.kernels`). --pair runs the kernels, on
+a CPU in Triton's interpreter: set TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import inspect
+import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alps_kernels import score_heads
 from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
@@ -28,7 +36,11 @@ from bench.kernels import alone
 from bench.shapes import SHAPES, Shape
 from bench.timing import Timed, row_of, timed
 
+# No part of a face: sizes to choose by measurement, and sums that only a benchmark looks at.
+delta_op = inspect.getmodule(head_delta)
+tables = inspect.getmodule(delta_op.flat_sums)
 ALL = [m for m in METRICS if m != "pad_values"]
+FLAT_TILES, SCANS = (1024, 2048), (4, 8, 16)  # elements of a tile, programs of a head in the second pass
 
 
 def layer_of(shape: Shape, device: str, dtype: torch.dtype, seed: int) -> tuple[Segment, Segment, Segment]:
@@ -134,7 +146,8 @@ def builders_of(shape: Shape, n_layers: int, device: str, dtype: torch.dtype) ->
         builders[f"alps_kernels {name}"] = partial(op, *call)
         if timing.CUDA:
             builders[f"alps_kernels {name}, kernels alone"] = partial(kernels, *call)
-    return builders | {"score_heads, defaults": public, "score_heads, qkv": partial(public, representation="qkv")}
+    return builders | {"score_heads, defaults": public, "score_heads, qkv": partial(public, representation="qkv"),
+                       "score_heads, qkv, all metrics": partial(public, representation="qkv", metric=ALL)}
 
 
 def run(shape: Shape, n_layers: int, n_released: int = 3) -> Iterator[dict]:
@@ -157,19 +170,95 @@ def run(shape: Shape, n_layers: int, n_released: int = 3) -> Iterator[dict]:
     yield {"case": case, "rival": "released algorithm (scipy, CPU)", **released_row}
 
 
+def tiles(shape: Shape, n_layers: int, device: str, dtype: torch.dtype) -> Iterator[dict]:
+    """Rows of the kernels alone, `pad` of q/k/v, by elements of a tile and programs of a head in the second pass."""
+    layers = [layer_of(shape, device, dtype, seed) for seed in range(n_layers)]
+
+    def call() -> dict[str, Tensor]:
+        return head_delta(layers, ["pad"], backend="triton")
+
+    def kernels(tile: int, scans: int) -> Timed:
+        with mock.patch.object(tables, "FLAT_TILE", tile), mock.patch.object(tables, "SCANS", scans):
+            off = float((call()["pad"] / expected - 1).abs().max())
+            gate(f"pad with tiles of {tile} and {scans} programs, {shape.name}", off < 1e-6, f"off by {off:.1e}")
+            return alone(call)
+
+    expected = call()["pad"]
+    builders = {f"tiles of {tile}, {scans} programs of a head, kernels alone": partial(kernels, tile, scans)
+                for tile, scans in product(FLAT_TILES, SCANS)}
+    case = f"{shape.name} pad of q/k/v by tile, {n_layers} of {shape.layers} layers, {str(dtype)[6:]}"
+    return timing.timed_rows(case, builders, repeats=5)
+
+
+def listed(base: object, task: object, **options: object) -> tuple[Tensor, Tensor]:
+    """Share of each head's tiles that the second pass reads, and the scores: by the kernels, whatever the device.
+
+    Args:
+        options: of `score_heads`.
+    """
+    shares = []
+
+    def noting(function: Callable, tiles_of: Callable[[tuple], int]) -> Callable:
+        def note(layers: list, *args):
+            # As on a GPU, whose memory is aligned: a file's tensors need not be.
+            layers = [tuple(Segment(s.base.clone(), s.task.clone(), s.index) for s in layer) for layer in layers]
+            sums = function(layers, *args)
+            of_heads = [tiles_of(layer) for layer in layers for _ in layer[0].index]
+            shares.append(sums.s.listed / torch.tensor(of_heads, dtype=torch.float64))
+            return sums
+
+        return note
+
+    def stored(layer: tuple) -> int:
+        return sum(tables._row(tables._kind(s), 0).tiles for s in layer)
+
+    def of_product(layer: tuple) -> int:
+        return -(-layer[0].base.shape[2] // tables.ROWS)
+
+    with (mock.patch.object(delta_op, "flat_sums", noting(tables.flat_sums, stored)),
+          mock.patch.object(delta_op, "projection_sums", noting(tables.projection_sums, of_product)),
+          mock.patch.object(delta_op, "runs_kernels", lambda tensor: True)):
+        scores = score_heads(base, task, **options)
+    return torch.cat(shares), scores.tensor
+
+
+def listed_of(base: Path, task: Path, n_layers: int | None) -> Iterator[dict]:
+    """Rows of the shares of two checkpoints: of n layers, spread over the model, or of all."""
+    layers = range(json.loads((base / "config.json").read_text())["num_hidden_layers"])
+    n = min(n_layers or len(layers), len(layers))
+    chosen = [layers[(2 * i + 1) * len(layers) // (2 * n)] for i in range(n)]
+    for representation in ("qkv", "projection"):
+        options = {"representation": representation, "attention": chosen}
+        shares, found = listed(base, task, device="cuda" if timing.CUDA else "cpu", **options)
+        off = float((found / score_heads(base, task, **options).tensor - 1).abs().max())
+        gate(f"pad of {representation}, kernels against the CPU", off < 1.5e-5, f"off by {off:.1e}")
+        share = float(shares.mean())
+        yield {"case": f"tiles read twice, {base.name} and {task.name}, {n} of {len(layers)} layers",
+               "rival": representation, "share": share, "note": f"{share:.1%} of the tiles of {len(shares)} heads, "
+               f"{float(shares.min()):.0%} to {float(shares.max()):.0%} of one head"}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--shape", nargs="*", choices=SHAPES, default=["Llama-3.1-8B", "SmolLM2-135M"] if cuda else [
         "SmolLM2-135M", "Llama-3.1-8B"])
-    parser.add_argument("--layers", type=int, help="default: all on a GPU, 3 on a CPU")
+    parser.add_argument("--layers", type=int, help="default: all on a GPU, 3 on a CPU; with --pair: all")
+    parser.add_argument("--tiles", action="store_true", help="the kernels of Llama-3.1-8B by size of tile")
+    parser.add_argument("--pair", nargs=2, type=Path, metavar=("BASE", "TASK"), help="two checkpoint folders")
     options = parser.parse_args(argv)
+    if options.pair:
+        rows, path = write_each("score", listed_of(*options.pair, options.layers))
+        print(path)
+        return
     lost = []
-    for shape in map(SHAPES.get, options.shape):
+    for shape in [SHAPES["Llama-3.1-8B"]] if options.tiles else map(SHAPES.get, options.shape):
         n_layers = min(options.layers or (shape.layers if cuda else 3), shape.layers)
-        rows, path = write_each("score", run(shape, n_layers))
+        found = tiles(shape, n_layers, "cuda", torch.bfloat16) if options.tiles else run(shape, n_layers)
+        rows, path = write_each("score", found)
         table(rows)
-        lost += [f"{row['rival']}: {row['note']}" for row in rows[:-1] if "median_ms" not in row]
+        ours = [row for row in rows if not row["rival"].startswith("released")]
+        lost += [f"{row['rival']}: {row['note']}" for row in ours if "median_ms" not in row]
         print(path)
     if lost:
         raise SystemExit("\n".join(["no time of ours", *lost]))

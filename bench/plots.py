@@ -55,10 +55,10 @@ def by_share(folder: Path, bench: str, rows: Sequence[Row]) -> list[str]:
 
 
 def bars(folder: Path, bench: str, rows: Sequence[Row]) -> list[str]:
-    """Time by rival, a picture for each case."""
-    names = []
+    """Time by rival, a picture for each case that has times."""
+    names, rows = [], [row for row in rows if row["median_ms"]]
     for index, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
-        group = [row for row in rows if row["case"] == case and row["median_ms"]]
+        group = [row for row in rows if row["case"] == case]
         name = f"{bench}{f'-{index}' if index else ''}.png"
         last = group[-1]
         _bars(folder / name, {row["rival"]: milliseconds(row) for row in group}, "ms",

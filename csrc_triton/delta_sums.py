@@ -179,7 +179,9 @@ def _change(eight, r, inv_tau, sums, MASKED: tl.constexpr, EXACT: tl.constexpr):
     e, m = exp_of(b, there, inv_tau, MASKED), expm1_less(d, r, inv_tau, EXACT)
     c = e * m
     if EXACT:
-        terms, added = exact_divergences(e, m / (1.0 + r)) + (e * e, e * c, c * c), (sums[0],)
+        # fma: a product that the compiler fuses into tl.sum is rounded otherwise in each of the threads that hold the sum
+        squares = tl.fma(e, e, 0.0), tl.fma(e, c, 0.0), tl.fma(c, c, 0.0)
+        terms, added = exact_divergences(e, m / (1.0 + r)) + squares, (sums[0],)
         for i in tl.static_range(5):
             added = added + (sums[i + 1] + tl.sum(terms[i], axis=1),)
         return tl.cumsum(c, axis=1), added

@@ -138,7 +138,8 @@ def head_delta_scan_kernel(
     r, listed = load_head(heads_ptr, head)
     sums, i = scanned((), True), tl.program_id(1) * RUNS
     while i < listed:
-        row, mine, exact, carry = load_listed(list_ptr, carries_ptr, head * slots, i + each(RUNS), listed, first_row, end_row)
+        row, mine, exact, carry = load_listed(
+            list_ptr, carries_ptr, head * slots, i + each(RUNS), listed, first_row, end_row)
         if largest(mine.to(tl.int32), RUNS) > 0:
             part, inside = row // (rows * of_run), row % (rows * of_run)
             start = (inside % of_run) * TILE

@@ -40,9 +40,9 @@ def divergences(m2, m3, m4, growth):
 
 @triton.jit
 def exact_divergences(p, d):
-    """The terms of KL and Jensen-Shannon between p and (1 + d) p."""
+    """The terms of KL and Jensen-Shannon between p and (1 + d) p, each rounded ahead of any sum."""
     whole = surprise(d)
-    return p * whole, p * (0.5 * whole - surprise(0.5 * d))
+    return tl.fma(p, whole, 0.0), tl.fma(p, 0.5 * whole - surprise(0.5 * d), 0.0)
 
 
 @triton.jit

@@ -284,7 +284,8 @@ class _Reader:
         for which, weights, tensors in (("base", self.base, base), ("task", self.task, task)):
             for name, tensor in tensors.items():
                 if bad := int((~tensor.isfinite()).sum()):
-                    raise ValueError(f"{name} of the {which} model ({weights.name}) holds {bad} NaN or infinite weights")
+                    raise ValueError(f"{name} of the {which} model ({weights.name}) holds {bad} NaN or infinite "
+                                     "weights")
 
     def provenance(self) -> dict[str, Any]:
         """What a file of scores says of where they are from; no path but what the user called it."""

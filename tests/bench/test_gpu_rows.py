@@ -122,7 +122,8 @@ def test_the_norm_and_scoring_have_kernel_rows_on_a_card(monkeypatch):
     rivals = [row["rival"] for row in bench_score.run(TINY, 1, 1)]
     ops = [f"alps_kernels {name}{end}" for name in ("pad projection", "pad qkv", "all metrics qkv")
            for end in ("", ", kernels alone")]
-    assert rivals == [*ops, "score_heads, defaults", "score_heads, qkv", "released algorithm (scipy, CPU)"]
+    assert rivals == [*ops, "score_heads, defaults", "score_heads, qkv", "score_heads, qkv, all metrics",
+                      "released algorithm (scipy, CPU)"]
 
 
 def test_the_public_scores_of_the_pair_are_those_of_its_function():
@@ -196,9 +197,56 @@ def test_a_launch_is_changed_to_other_tiles_a_program():
     assert one.options == {"grid": (14, 1, 1), "TILES": 1, "GROUPS": 128} and four.options["grid"] == (4, 1, 1)
 
 
-def test_launches_are_recorded_from_the_first_step_and_can_be_repeated():
+SCORED = """
+import gc, torch
+from functools import partial
+from alps_kernels.ops import head_delta, head_delta_projection
+from alps_kernels.ops.delta import tables
+from bench import bench_score
+from bench.kernels import launches_of
+from bench.shapes import Shape
+from bench.timing import Timed
+
+tables.SCANS = 2
+shape = Shape("tiny", 1, 128, 2, 1, 32)
+given = [bench_score.layer_of(shape, "cpu", torch.float32, 0)]
+for score, names in ((head_delta, ["head_delta_stats_kernel", "list_tiles_kernel", "head_delta_scan_kernel"]),
+                     (head_delta_projection,
+                      ["projection_stats_kernel", "list_tiles_kernel", "projection_scan_kernel"])):
+    found = launches_of(partial(score, given, ["pad"], backend="triton"))
+    assert [launch.kernel.__name__ for launch in found] == names, found
+    sums = found[1].args[-2]
+    first = sums.sum(0)
+    for column in ("steps", "listed"):
+        assert first[:, tables.SumRow._fields.index(column)].min() > 0, column
+    sums.zero_()
+    gc.collect()
+    for launch in found:
+        launch()  # with what the first call read and wrote
+    assert torch.equal(first, sums.sum(0)), (score, first, sums.sum(0))
+
+seen = []
+def noting(call):
+    stats, _, scan = launches_of(call)
+    seen.append((stats.options["TILE"], scan.options["grid"]))
+    return Timed(lambda: None)
+
+bench_score.alone = noting
+sizes = [(tile, scans) for tile in (1024, 2048) for scans in (4, 8, 16)]
+rows = list(bench_score.tiles(shape, 1, "cpu", torch.float32))
+assert [row["rival"] for row in rows] == [
+    f"tiles of {tile}, {scans} programs of a head, kernels alone" for tile, scans in sizes], rows
+assert all("median_ms" in row for row in rows) and seen == [(tile, (2, scans)) for tile, scans in sizes], (rows, seen)
+assert (tables.FLAT_TILE, tables.SCANS) == (2048, 2)
+shares, _ = bench_score.listed(*bench_score.models(shape, 1, "cpu", torch.float32), representation="qkv")
+assert shares.shape == (2,) and 2 / 6 <= shares.min() <= shares.max() <= 1, shares  # the first and the last, of six
+"""
+
+
+@pytest.mark.parametrize("code", [RECORDED, SCORED], ids=["a step", "scores"])
+def test_launches_are_recorded_from_the_first_call_and_can_be_repeated(code):
     """Under Triton's interpreter, in a process of its own."""
     settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(gpu.ROOT)}
-    ran = subprocess.run([sys.executable, "-c", RECORDED], cwd=gpu.ROOT, capture_output=True, text=True,
+    ran = subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True,
                          env={**os.environ, **settings})
     assert ran.returncode == 0, ran.stderr[-2000:]

@@ -61,8 +61,10 @@ def test_pictures_are_drawn_for_what_there_are_rows_of(tmp_path):
               for share in (1, 10) for rival in ("HeadAdamW", "torch")]
     lines = [a_row(case="M, 1 of 1 layers, 2 heads, chain_sum", kind=kind, step=str(step), loss="1.5")
              for kind in (FP32, "bf16, none", "fp32, 8-bit") for step in (1, 2)]
-    drawn = plots.pictures(tmp_path, {"adamw": shares, "curves": lines, "step": [], "dw": shares[:2]})
-    assert drawn == {"adamw": ["adamw.png"], "dw": [], "curves": ["curves-weights.png", "curves-moments.png"]}
+    no_times = [a_row(case="tiles read twice", rival="qkv", share="0.4"), a_row(case="M", rival="ours", median_ms="1.5")]
+    drawn = plots.pictures(tmp_path, {"adamw": shares, "curves": lines, "step": [], "dw": shares[:2], "score": no_times})
+    assert drawn == {"adamw": ["adamw.png"], "dw": [], "score": ["score.png"],
+                     "curves": ["curves-weights.png", "curves-moments.png"]}
     for name in ("adamw.png", "curves-weights.png", "curves-moments.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 

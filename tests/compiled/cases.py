@@ -54,8 +54,9 @@ VARIANTS = [Variant(*row) for row in (
 PLAIN, SPLIT, QUANTISED = VARIANTS[0], VARIANTS[6], VARIANTS[13]  # of float32 weights, of 16 bits, with 8-bit moments
 # Columns of a weight: at multiples of 8, where accesses of 16 bytes are possible, and at odd places.
 COLUMNS = {True: ((0, 128), (256, 384)), False: ((3, 64), (129, 190))}
-# What a launch of the scoring kernels is over: elements in one run, the last tile full or not, or a transposed weight.
-LAYOUTS = ("full", "tail", "strided")
+# What a launch of the scoring kernels is over: whole tiles that lie flat; rows that end in a part of a tile, at multiples
+# of 16 or at odd places; transposed weights, as those of a Conv1D.
+LAYOUTS = ("flat", "tail", "odd", "transposed")
 WANTED = {"all": [name for name in METRICS if name != "pad_values"], "pad": ["pad"]}
 
 
@@ -86,12 +87,12 @@ def step_of(variant: Variant, aligned: bool = True, everything: bool = True) -> 
     return optimizer.step
 
 
-def score_of(base: str = "bf16", task: str | None = None, layout: str = "full",
+def score_of(base: str = "bf16", task: str | None = None, layout: str = "flat",
              metrics: str = "all") -> Callable[[], object]:
     """`head_delta` of two heads, with the kernels."""
-    rows = {"full": 64, "tail": 8, "strided": 64}[layout]
-    pair = [torch.zeros(2, rows, 96, dtype=DTYPES[name]) for name in (base, task or base)]
-    if layout == "strided":
+    shape = {"flat": (64, 96), "tail": (40, 144), "odd": (40, 145), "transposed": (64, 96)}[layout]
+    pair = [torch.zeros(2, *shape, dtype=DTYPES[name]) for name in (base, task or base)]
+    if layout == "transposed":
         pair = [side.mT for side in pair]
     return lambda: head_delta([[Segment(*pair, (0, 1))]], WANTED[metrics], backend="triton")
 

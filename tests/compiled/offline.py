@@ -134,21 +134,83 @@ def count(built, opcode: str) -> int:
 
 
 def fast_path(built) -> list[str]:
-    """Opcodes on the shortest way from entry to exit that enters no loop: what runs where every branch is cheap."""
+    """Opcodes on the shortest way from entry to exit that enters no loop: what runs where every branch is cheap.
+
+    An EXIT under a predicate ends the way only if there are loads of 16 bytes ahead of it and behind it: all threads
+    take it together, or the others read again. Any other may be of the lanes that have nothing to store.
+    """
     opcodes, after = _instructions(sass(built))
-    loops = {target for i, targets in enumerate(after) for target in targets
-             if target <= i and i in _reached(after, {target})}
-    came, queue = dict.fromkeys(loops) | {0: None}, [0]
+    loops, wide = set().union(*_loops(after)), {i for i, op in enumerate(opcodes) if _is_wide_load(op)}
+    came = _came(after, 0, loops)
+    for i in came:
+        way = _way(came, i) if END in after[i] or opcodes[i] == "EXIT" else []
+        if way and (END in after[i] or wide & set(way) and wide & _came(after, i, set()).keys()):
+            return [opcodes[j] for j in way]
+    raise ValueError("every way to the end goes through a loop")
+
+
+def loop_path(built) -> list[str]:
+    """Opcodes on the shortest way once round the longest loop that loads 16 bytes and enters no loop inside it."""
+    opcodes, after = _instructions(sass(built))
+    loop = max(_loops(after), key=len, default=set())
+    heads = {j for i, targets in enumerate(after) if i not in loop for j in targets & loop}
+    if len(heads) != 1:
+        raise ValueError(f"the longest loop begins at {len(heads)} places; expected one")
+    (head,), n = heads, len(after)
+    body = [targets & loop - {head} if i in loop else set() for i, targets in enumerate(after)]
+    inner = set().union(*_loops(body))
+    # Each instruction twice: ahead of the first load of 16 bytes, and behind it.
+    twice = [{j + n * _is_wide_load(op) for j in targets & loop - inner} for op, targets in zip(opcodes, after, strict=True)
+             ] + [{j + n for j in targets & loop - inner} for targets in after]
+    came = _came(twice, head, set())
+    if head + n not in came:
+        raise ValueError("no way round the longest loop loads 16 bytes at a time and enters no loop inside it")
+    return [opcodes[i % n] for i in _way(came, head + n)[:-1]]
+
+
+def _is_wide_load(opcode: str) -> bool:
+    return opcode.startswith("LDG") and ".128" in opcode
+
+
+def _came(after: list[set[int]], start: int, avoided: set[int]) -> dict[int, int | None]:
+    """Of all that a way from `start` reaches: what is before it on the shortest way, the nearest first."""
+    came, queue = {start: None}, [start]
     for i in queue:
-        if END in after[i]:
-            way = [i]
-            while came[way[-1]] is not None:
-                way.append(came[way[-1]])
-            return [opcodes[j] for j in reversed(way)]
-        for j in after[i] - came.keys():
+        for j in sorted(after[i] - came.keys() - avoided - {END}):
             came[j] = i
             queue.append(j)
-    raise ValueError("every way to the end goes through a loop")
+    return came
+
+
+def _way(came: dict[int, int | None], to: int) -> list[int]:
+    way = [to]
+    while came[way[-1]] is not None:
+        way.append(came[way[-1]])
+    return way[::-1]
+
+
+def _loops(after: list[set[int]]) -> list[set[int]]:
+    """The outermost loops: instructions that are reached from one another (Kosaraju's algorithm)."""
+    order, seen, before = [], set(), [set() for _ in after]
+    for i, targets in enumerate(after):
+        for j in targets - {END}:
+            before[j].add(i)
+    for start in range(len(after)):
+        stack = [] if start in seen else [(start, iter(after[start]))]
+        seen.add(start)
+        while stack:
+            i, targets = stack[-1]
+            if (j := next((j for j in targets if j != END and j not in seen), None)) is None:
+                order.append(stack.pop()[0])
+            else:
+                seen.add(j)
+                stack.append((j, iter(after[j])))
+    loops, done = [], set()
+    for i in reversed(order):
+        if i not in done:
+            loops.append(set(_came(before, i, done)))
+            done |= loops[-1]
+    return [loop for loop in loops if len(loop) > 1 or loop & after[min(loop)]]
 
 
 END = 1 << 30
@@ -166,20 +228,14 @@ def _instructions(code: str) -> tuple[list[str], list[set[int]]]:
     place = {at: i for i, (at, *_) in enumerate(found)}
     after = []
     for i, (_, predicate, op, operands) in enumerate(found):
-        branch = op in ("BRA", "BRA.U")  # BRA.DIV is for threads that have parted
+        # BRA.DIV is for threads that have parted. Before sm_90 loops are left by a CALL that counts no call; no way goes
+        # through a function's RET, whose end is in a register.
+        branch = op in ("BRA", "BRA.U", "CALL.REL.NOINC")
         jump = {place[int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)]} if branch else set()
         jump |= {END} if op == "EXIT" and not predicate else set()
-        sure = jump and not predicate and not re.match(r"\s*!?U?P\d", operands)
-        after.append(jump | (set() if sure else {i + 1}))
+        sure = (jump or op.startswith("RET")) and not predicate and not re.match(r"\s*!?U?P\d", operands)
+        after.append(jump | (set() if sure or i + 1 == len(found) else {i + 1}))
     return [op for _, _, op, _ in found], after
-
-
-def _reached(after: list[set[int]], at: set[int]) -> set[int]:
-    seen = set()
-    while at:
-        seen |= at
-        at = {j for i in at for j in after[i] if j != END} - seen
-    return seen
 
 
 def unsafe_products(built) -> list[str]:

@@ -71,16 +71,16 @@ def test_both_oracles_and_the_cpu_backend_agree(name, dtype, delta):
     close(getattr(cpu, name)([layer, layer], METRICS), plain)
 
 
-@pytest.mark.parametrize("file, prefix, row", [
-    ("head_delta", "TILE", tables.TileRow), ("head_delta", "SEGMENT", tables.SegmentRow),
-    ("head_projection", "HEAD", tables.HeadRow), ("delta_sums", "STAT", tables.StatRow),
-    ("delta_sums", "START", tables.StartRow), ("delta_sums", "SCAN", tables.ScanRow)])
-def test_kernels_and_host_name_the_same_columns(file, prefix, row):
-    found = {name.removeprefix(f"{prefix}_").lower(): constant.value
-             for name, constant in vars(importlib.import_module(f"csrc_triton.{file}")).items()
-             if name.startswith(f"{prefix}_") and name not in ("TILE_SEGMENT", "TILE_START")}
-    assert found.pop("fields") == len(row._fields)
-    assert found == {field: i for i, field in enumerate(row._fields) if not field.startswith("_")}
+def test_kernels_and_host_name_the_same_columns():
+    heads, sums = (importlib.import_module(f"csrc_triton.{file}") for file in ("delta_heads", "delta_sums"))
+    assert heads.SUM_FIELDS.value == len(tables.SumRow._fields) and heads.KIND_FIELDS.value == len(tables.KindRow._fields)
+    assert sums.STAT_FIELDS.value == tables.STATS and heads.SUM_FIELDS.value % 2 == 0  # rows begin at 16 bytes
+    named = {name[4:].lower(): constant.value for name, constant in vars(heads).items()
+             if name.startswith("SUM_") and name != "SUM_FIELDS"}
+    assert named == {name: tables.SumRow._fields.index(name) for name in ("r", "top", "far", "listed")}
+    # In the order in which `list_tiles_kernel` and, up to cc, pass B add to them; those of kinds as it loads them.
+    assert tables.SumRow._fields[:10] == ("steps", "kl", "js", "aa", "ac", "cc", "z", "dd", "bb", "bd")
+    assert tables.KindRow._fields == ("first", "tiles", "tiles_of_run", "run", "tile")
 
 
 @pytest.mark.parametrize("score, parts", [(head_delta, 1), (head_delta_projection, 3)])

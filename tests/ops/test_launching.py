@@ -113,18 +113,17 @@ def test_other_errors_stay_themselves_without_a_compiler_and_headers(error, monk
     assert caught.value is error
 
 
-@pytest.mark.parametrize("op, module, kernel, n", [
-    (head_delta, "head_delta", "head_delta_stats_kernel", 1),
-    (head_delta_projection, "head_projection", "projection_stats_kernel", 3),
+@pytest.mark.parametrize("op, module, kernels, n", [
+    (head_delta, "head_delta", "head_delta", 1), (head_delta_projection, "head_projection", "projection", 3),
 ])
-def test_scoring_says_so(op, module, kernel, n, monkeypatch, tmp_path):
+def test_scoring_says_so(op, module, kernels, n, monkeypatch, tmp_path):
     class Kernel:
         def __getitem__(self, grid):
             return lambda *args, **constants: compile_c()
 
-    loaded = []
+    loaded, kernel = [], {f"{kernels}_{which}_kernel": Kernel() for which in ("stats", "scan")}
     monkeypatch.setattr(tables, "device_code",
-                        lambda name: loaded.append(name) or SimpleNamespace(**{kernel: Kernel()}))
+                        lambda name: loaded.append(name) or SimpleNamespace(**kernel))
     without_compilers(monkeypatch, tmp_path)
     weights = torch.ones(2, 4, 16)
     with pytest.raises(RuntimeError, match="Triton cannot start a kernel"):

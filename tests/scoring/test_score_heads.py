@@ -18,6 +18,7 @@ from alps_kernels.ops.delta import oracle
 from alps_kernels.scoring import REPRESENTATIONS, score
 from alps_kernels.scoring.representations import stacked
 from alps_kernels.scoring.score import METRICS
+from alps_kernels.weights import weights
 from tests.support import real_models
 
 
@@ -170,6 +171,29 @@ def test_identical_models_score_zero_with_a_warning(metric, representation):
     with pytest.warns(UserWarning, match="identical attention weights"):
         scores = alps.score_heads(llama(), llama(), metric=metric, representation=representation)
     assert scores.tensor.count_nonzero() == 0
+
+
+def test_other_weights_of_score_zero_are_not_taken_for_the_same():
+    task = copy.deepcopy(llama())
+    with torch.no_grad():
+        for param in task.parameters():
+            param *= 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert alps.score_heads(llama(), task, metric="cosine_weights", representation="q").tensor.count_nonzero() == 0
+
+
+def test_heads_are_located_once_for_a_model(monkeypatch):
+    found, find = [], weights.find_heads
+    monkeypatch.setattr(weights, "find_heads", lambda model: found.append(model) or find(model))
+    base, task = llama(), moved(llama())
+    first = alps.score_heads(base, task)
+    assert torch.equal(alps.score_heads(base, task).tensor, first.tensor) and found == [base, task]
+    base.model.layers[1].self_attn.v_proj.weight.data[3, 3] = math.nan  # values are read every time
+    with pytest.raises(ValueError, match="layers.1.self_attn.v_proj.weight of the base model"):
+        alps.score_heads(base, task)
+    wider = moved(base := llama(num_attention_heads=4))
+    assert len(alps.score_heads(base, wider)) == 8 and len(found) == 4
 
 
 def test_permuted_heads_permute_their_scores():

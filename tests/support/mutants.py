@@ -62,10 +62,9 @@ def _functions(namespace: dict) -> dict[str, FunctionType]:
     return found
 
 
-def plant_kernel(monkeypatch, folder, file: str, *edits: tuple[str, str], kernels: str = "head_adamw") -> None:
+def plant_kernel(monkeypatch, folder, file: str, *edits: tuple[str, str]) -> None:
     """Let ops launch a copy of csrc_triton in `folder` in which `file` has these edits (interpreter)."""
     import csrc_triton
-    from alps_kernels.ops import device as ops
     from alps_kernels.ops.adamw import plan as head_adamw
     from alps_kernels.ops.delta import tables as delta_tables
 
@@ -79,6 +78,5 @@ def plant_kernel(monkeypatch, folder, file: str, *edits: tuple[str, str], kernel
     root = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, root)
     spec.loader.exec_module(root)
-    module = importlib.import_module(f"{name}.{kernels}")
-    launcher = {"head_adamw": head_adamw, "head_delta": delta_tables, "head_projection": delta_tables}[kernels]
-    monkeypatch.setattr(launcher, "device_code", lambda leaf: module if leaf == kernels else ops.device_code(leaf))
+    for launcher in (head_adamw, delta_tables):
+        monkeypatch.setattr(launcher, "device_code", lambda leaf: importlib.import_module(f"{name}.{leaf}"))

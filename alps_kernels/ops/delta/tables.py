@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import namedtuple
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
@@ -40,11 +40,13 @@ Kind = namedtuple("Kind", "base task flat rows cols strides")  # of matrices of 
 
 def _kind(s: Any) -> Kind:
     """Flat: taken for one row, [1, elements]; contiguous, in whole tiles, aligned for loads of 16 bytes."""
-    (_, rows, cols), sides = s.base.shape, (s.base, s.task)
-    flat = rows * cols % FLAT_TILE == 0 and all(
-        side.stride()[1:] == (cols, 1) and side.data_ptr() % 16 == side.stride(0) * side.element_size() % 16 == 0
-        for side in sides)
-    shape = (1, rows * cols, (0, 1, 0, 1)) if flat else (rows, cols, (*s.base.stride()[1:], *s.task.stride()[1:]))
+    (_, rows, cols), strides, flat = s.base.shape, (), True
+    for side in (s.base, s.task):
+        step, *own = side.stride()
+        strides += tuple(own)
+        flat &= own == [cols, 1] and (side.data_ptr() | step * side.element_size()) % 16 == 0
+    flat &= rows * cols % FLAT_TILE == 0
+    shape = (1, rows * cols, (0, 1, 0, 1)) if flat else (rows, cols, strides)
     return Kind(s.base.dtype, s.task.dtype, flat, *shape)
 
 
@@ -67,10 +69,10 @@ def flat_sums(layers: Sequence[Sequence[Any]], tau: float, every: bool) -> Sums:
         columns, kinds = [], [_kind(s) for s in layer]
         for s, kind in zip(layer, kinds, strict=True):
             bases, tasks = matrices.setdefault(kind, (array("q"), array("q")))
-            place = {matrix: len(bases) + i for i, matrix in enumerate(dict.fromkeys(s.index))}
-            bases.extend(_addresses(s.base, place))
-            tasks.extend(_addresses(s.task, place))
-            columns.append([place[matrix] for matrix in s.index])
+            read, places = _order(s.index)
+            columns.append([len(bases) + place for place in places])
+            bases.extend(_addresses(s.base, read))
+            tasks.extend(_addresses(s.task, read))
         heads.add(columns, [[*matrices].index(kind) for kind in kinds], sum(kind.rows * kind.cols for kind in kinds),
                   sum(_row(kind, 0).tiles for kind in kinds))
     rows, tiles = [], 0
@@ -132,6 +134,13 @@ def _group_products(k: Any, v: Any, pairs: list[tuple[int, int]]) -> tuple[Tenso
     v_base, v_task = (side[[p[1] for p in pairs]].double() for side in (v.base, v.task))
     return (k_base @ v_base.mT, k_task @ v_task.mT,
             (k_task - k_base) @ v_task.mT + k_base @ (v_task - v_base).mT)
+
+
+@lru_cache(64)  # layers are alike
+def _order(index: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:
+    """Each matrix once, in the order in which heads first read it; and the place there of what each head reads."""
+    place = {matrix: i for i, matrix in enumerate(dict.fromkeys(index))}
+    return tuple(place), [place[matrix] for matrix in index]
 
 
 def _addresses(blocks: Tensor, index: Iterable[int]) -> list[int]:

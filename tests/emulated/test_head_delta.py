@@ -1,0 +1,238 @@
+"""The scoring kernels as compiled code: scores, exact footprints, memory that nothing has written, sectors."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("ptxemu", reason="the emulator of PTX is not on the path: make emulate")
+
+from ptxemu import Config, emulated
+
+from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
+from alps_kernels.ops.delta import op
+from tests.ops.delta_oracle import projection_oracle, stored_oracle
+from tests.support.mutants import plant_kernel
+
+SUMMED = [name for name in METRICS if name != "pad_values"]
+TOLERANCE = {"pad": 1e-6, "pad_index": 1e-6}  # relative, from long doubles; of the other metrics 2e-7
+ROUGH = 5e-7  # of these, where instructions are off by all the error that they may have
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# What a kernel may write; everything else is read-only. What of it nothing has written before the first launch.
+WRITTEN = {"stats": ("stats_ptr",), "list": ("list_ptr", "carries_ptr", "sums_ptr"), "scan": ("sums_ptr",)}
+FRESH = ("stats_ptr", "list_ptr", "carries_ptr")
+GROUP = (0, 0, 1, 1)
+
+
+def pair(shape, base=BF16, task=None, delta=1e-3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    b = (0.05 * torch.randn(shape, generator=generator)).to(base)
+    return b, (b.float() + delta * torch.randn(shape, generator=generator)).to(task or base)
+
+
+def segment(n, rows, cols, index=None, *dtypes, **options):
+    return Segment(*pair((n, rows, cols), *dtypes, **options), tuple(range(n) if index is None else index))
+
+
+def flat(*dtypes, **options):
+    """Whole tiles that lie flat; of the last matrix no head."""
+    return [[segment(3, 16, 256, (0, 1), *dtypes, **options)]]
+
+
+def tails(*dtypes, **options):
+    """Rows at odd places, of one whole tile and three elements."""
+    return [[segment(2, 19, 131, None, *dtypes, **options)]]
+
+
+def columns(*dtypes, **options):
+    """Heads of o_proj: 64 columns each."""
+    sides = (w.view(40, 3, 64).permute(1, 0, 2) for w in pair((40, 192), *dtypes, **options))
+    return [[Segment(*sides, (0, 2))]]
+
+
+def transposed(*dtypes, **options):
+    """Heads of a Conv1D's weight: neighbours are a row of the weight apart."""
+    return [[Segment(*(w.view(256, 2, 32).permute(1, 2, 0) for w in pair((256, 64), *dtypes, **options)), (0, 1))]]
+
+
+def mixed(*dtypes, **options):
+    """Keys and values of groups, matrices of several kinds, and a layer of other shapes."""
+    return [[segment(4, 16, 256, None, *dtypes, **options), segment(2, 16, 256, GROUP, *dtypes, seed=1, **options),
+             segment(2, 8, 200, GROUP, *dtypes, seed=2, **options)],
+            [segment(2, 5, 13, None, FP32, seed=3), segment(1, 5, 13, (0, 0), FP32, seed=4)]]
+
+
+def pass_of(kernel):
+    return next(name for name in WRITTEN if name in kernel)
+
+
+@contextmanager
+def watched(target="sm_80", **config):
+    """Emulate the launches of one call; each may write what `WRITTEN` names, and read what is written."""
+    with emulated(target, Config(**config)) as session, pytest.MonkeyPatch.context() as patch:
+        fresh = set()
+
+        def prepare(kernel, arguments, memory):
+            at = {name: memory.at(value.data_ptr()) for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+            for allocation in memory.allocations:
+                allocation.writable = False
+            for name, allocation in at.items():
+                allocation.name = name
+            for name in WRITTEN[pass_of(kernel)]:
+                at[name].writable = True
+                fresh.update({at[name].base} if name in FRESH else ())
+            before = session.launches[-1].memory.fresh if session.launches else {}
+            for base in fresh:
+                memory.uninitialised(base)
+                memory.fresh[base] = before.get(base, memory.fresh[base])
+
+        session.before = prepare
+        patch.setattr(op, "_of_one", lambda *_: pytest.fail("a head was left to the CPU backend"))
+        yield session
+    assert not session.faults, "\n".join(dict.fromkeys(map(str, session.faults)))
+
+
+def close(found, wanted, tolerance=2e-7):
+    for name, values in found.items():
+        error = float(((values - wanted[name]).abs() / wanted[name].abs()).max())
+        assert error <= TOLERANCE.get(name, tolerance), (name, error)
+
+
+def run(layers, metrics=SUMMED, target="sm_80", tau=1.0, **config):
+    with watched(target, **config) as session:
+        found = head_delta(layers, metrics, temperature=tau, backend="triton")
+    close(found, stored_oracle(layers, tau), ROUGH if "approximation" in config else 2e-7)
+    return found, session.launches
+
+
+def footprint(layers):
+    """{address of a weight: bool for each byte, of those that heads read}."""
+    masks = {}
+    for side, s in ((getattr(s, name), s) for layer in layers for s in layer for name in ("base", "task")):
+        storage, size = side.untyped_storage(), side.element_size()
+        mask = masks.setdefault(storage.data_ptr(), np.zeros(storage.nbytes(), bool))
+        places = torch.arange(storage.nbytes() // size).as_strided(side.shape, side.stride(), side.storage_offset())
+        for i in range(size):
+            mask[places[sorted(set(s.index))].flatten().numpy() * size + i] = True
+    return masks
+
+
+def check_bytes(layers, launches):
+    """Pass A asks for each byte that heads read once, and for no other; pass B for none but these.
+
+    Returns:
+        sectors that pass A asks for, as a share of those bytes.
+    """
+    wanted, asked, sectors, bytes_read = footprint(layers), 0, 0, {}
+    for launch in launches:
+        names = {launch.memory.at(base).name for base in wanted}
+        for base, (read, _) in launch.touched.items():
+            if base in wanted:
+                assert not (read & ~wanted[base]).any(), f"{launch.kernel} reads weights that no head reads"
+                if pass_of(launch.kernel) == "stats":
+                    bytes_read[base] = bytes_read.get(base, False) | read
+        for (name, _), row in launch.traffic.by_allocation().items():
+            if name in names and pass_of(launch.kernel) == "stats":
+                asked, sectors = asked + row["bytes"], sectors + 32 * row["sectors"]
+    assert all(np.array_equal(bytes_read[base], mask) for base, mask in wanted.items()), "pass A leaves weights out"
+    total = sum(int(mask.sum()) for mask in wanted.values())
+    assert asked == total, f"pass A asks for {asked} bytes of {total}"
+    return sectors / total
+
+
+LAYOUTS = {make.__name__: make for make in (flat, tails, columns, transposed, mixed)}
+
+
+@pytest.mark.parametrize("dtypes", [(BF16,), (FP16,), (FP32,), (FP32, BF16), (BF16, FP32)], ids=str)
+def test_dtypes(dtypes):
+    layers = flat(*dtypes)
+    _, launches = run(layers)
+    check_bytes(layers, launches)
+    (stats,) = (launch for launch in launches if pass_of(launch.kernel) == "stats")
+    weights = {launch_name for launch_name in (stats.memory.at(base).name for base in footprint(layers))}
+    assert 32 * stats.distinct_sectors(lambda name: name in weights) == sum(int(m.sum()) for m in footprint(layers).values())
+
+
+@pytest.mark.parametrize("metrics", [["pad"], SUMMED], ids=["pad", "all"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, metrics):
+    layers = LAYOUTS[layout](BF16)
+    _, launches = run(layers, metrics)
+    sectors = check_bytes(layers, launches)
+    if layout == "transposed":
+        assert sectors <= 1.1, sectors
+
+
+@pytest.mark.parametrize("layout, dtypes", [("tails", (FP32,)), ("tails", (FP16, FP32)), ("transposed", (FP32,))], ids=str)
+def test_other_layouts_in_other_dtypes(layout, dtypes):
+    layers = LAYOUTS[layout](*dtypes)
+    check_bytes(layers, run(layers)[1])
+
+
+@pytest.mark.parametrize("layout", ["flat", "tails"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_far_changes(dtype, layout):
+    run(LAYOUTS[layout](dtype, delta=0.05))
+
+
+@pytest.mark.parametrize("tau", [0.5, 20.0])
+def test_temperature(tau):
+    run(mixed(BF16), tau=tau)
+
+
+@pytest.mark.parametrize("layout", ["flat", "mixed"])
+def test_sm_90(layout):
+    layers = LAYOUTS[layout](BF16)
+    check_bytes(layers, run(layers, target="sm_90")[1])
+
+
+@pytest.mark.parametrize("delta", [1e-3, 0.05])
+def test_results_are_equal_to_the_bit_in_any_order_of_programs(delta):
+    layers = mixed(BF16, delta=delta)
+    first, *others = (run(layers, order=order)[0] for order in ("forward", "forward", "reverse", "shuffled"))
+    assert all(torch.equal(other[name], first[name]) for other in others for name in SUMMED)
+
+
+@pytest.mark.parametrize("approximation", ["up", "down", "random"])
+def test_results_hold_with_the_largest_errors_of_approximate_instructions(approximation):
+    run(mixed(BF16), approximation=approximation)
+    run(flat(BF16, delta=0.05), approximation=approximation)
+
+
+@pytest.mark.parametrize("mma", ["exact", "rz"])
+def test_projection(mma):
+    layer = (segment(4, 20, 33, None, FP32), segment(2, 20, 33, GROUP, FP32, seed=1), segment(2, 24, 33, GROUP, FP32, seed=2))
+    with watched(mma=mma) as session:
+        found = head_delta_projection([layer], SUMMED, backend="triton")
+    assert len(session.launches) == 3
+    close(found, projection_oracle([layer]), ROUGH if mma == "rz" else 2e-7)
+
+
+STATS, SUMS, HEADS = "head_delta.py", "delta_sums.py", "delta_heads.py"
+FAULTS = {  # what is wrong in the kernels: the file, the edit, the layout, what the error says
+    "every tile is read twice": (STATS, ("    if largest(far, RUNS) > TAYLOR:", "    if largest(far, RUNS) > -1.0:"), flat, "pass A asks for"),
+    "a row of stats too far": (STATS, ("* of_run + tile) * STAT_FIELDS", "* of_run + tile + 1) * STAT_FIELDS"), flat,
+                               "uninitialised read|out of bounds|read-only"),
+    "the last row of a matrix is left out": (STATS, ("tl.where(run < rows, ", "tl.where(run < rows - 1, "), tails, "uninitialised read"),
+    "an element behind each row": (STATS, ("base_col, mask=col < n", "base_col, mask=col <= n"), columns,
+                                   "weights that no head reads|out of bounds"),
+    "the first entry of a list is left out": (HEADS, ("tl.cumsum(needed.to(tl.int64), axis=0) - 1", "tl.cumsum(needed.to(tl.int64), axis=0)"),
+                                              flat, "uninitialised read"),
+    "entries behind the list": (HEADS, ("mask=entry < listed, other=-1)", "mask=entry <= listed + 16, other=-1)"), tails, "uninitialised read"),
+    "programs of a head share their sums": (STATS, ("tl.program_id(1).to(tl.int64) * tl.num_programs(0) + head", "head"), flat, "race between CTAs"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_seen(fault, monkeypatch, tmp_path):
+    file, edit, make, what = FAULTS[fault]
+    plant_kernel(monkeypatch, tmp_path, file, edit)
+    layers = make(BF16)
+    with pytest.raises(AssertionError, match=what), watched() as session:
+        try:
+            head_delta(layers, ["pad"], backend="triton")
+        except pytest.fail.Exception:
+            pass  # sums that are wrong may look as if a head were doubtful
+        if not session.faults:
+            check_bytes(layers, session.launches)
