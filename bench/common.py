@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -51,12 +52,13 @@ def environment() -> dict[str, str]:
     """What a number was taken on: the first columns of its row."""
     commit = os.environ.get("COMMIT") or AT_START  # the variable: for a copy of the tree without its history
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    called = f"python -m {module.name.removesuffix('.__main__')}" if module else Path(sys.argv[0]).name
+    called = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+    interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
     return {
         "date": date.today().isoformat(), "commit": commit,
         "device": device_name(), "torch": torch.__version__, "triton": _version("triton"),
         "transformers": _version("transformers"), "python": platform.python_version(),
-        "command": " ".join([called, *sys.argv[1:]]),
+        "command": interpreted + shlex.join([*called, *sys.argv[1:]]),
     }
 
 

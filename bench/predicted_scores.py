@@ -8,11 +8,11 @@ from bench.h100 import (
 from bench.shapes import SHAPES, Shape
 
 # SASS instructions of sm_90 for a pair of bf16 weights: of the first read by metrics, of the second read.
-FIRST_READ, SECOND_READ = {"pad": 19.1, "all metrics": 31.8}, 15
-TILE, STATISTICS = 2048, 64  # pairs of a tile of stored weights; bytes of its row of statistics
+FIRST_READ, SECOND_READ = {"pad": 19.5, "all metrics": 32.1}, 15  # python -m tests.compiled.instructions
+TILE, STATISTICS = 2048, 72  # pairs of a tile of stored weights; bytes of its row of statistics
 # Share of tiles read twice: the mean of simulated heads of an 8B model; of SmolLM2 that of a pair, which has 54 tiles a
-# head (bench/results/score.csv). Of W's tiles the mean of simulated heads.
-LISTED, LISTED_SMALL, LISTED_PROJECTION = 0.12, 0.42, 0.25
+# head; of W's tiles that of the same pair (bench/results/score.csv).
+LISTED, LISTED_SMALL, LISTED_PROJECTION = 0.12, 0.42, 0.32
 HOST = 2.5  # ms, `python -m tests.scoring.host_time`
 ROWS, K_BLOCK = 16, 16  # of W that a program of `projection` forms, of d_k that it takes at a time
 PASSES64 = 18  # passes over k or v in float64 that the products before `projection` take, by its lines
@@ -80,7 +80,7 @@ def projections(rows: list[dict[str, str]]) -> list[str]:
         change: three products of 2 x {ROWS} x d_k x d_v FLOPs, each three times on tensor cores (tf32x3), in blocks
         of {K_BLOCK} of d_k. It reads 3 x d_k x d_v x 4 bytes of products k v^T, which lie in L2, and {ROWS} rows of q
         of both models. Every tile is formed once, and {LISTED_PROJECTION:.0%} of them a second time (the share of
-        simulated heads). ms of kernels: the largest of the three, the statistics, and three launches. Before it come
+        SmolLM2-135M and a task model of it). ms of kernels: the largest of the three, the statistics, and three launches. Before it come
         the products themselves, in float64: four products a group, and some {PASSES64} passes over k or v in float64,
         whose time is the larger. Measured: kernels alone; `score_heads` with its defaults, which has those products
         and the host's time too.""")

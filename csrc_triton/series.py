@@ -11,11 +11,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def expm1_less(d, r, inv_tau, EXACT: tl.constexpr):
     """exp(d inv_tau) - 1 - r in float32 without cancellation, to 3e-7 of the larger of both.
 
-    Not EXACT, abs(d inv_tau) must be at most TAYLOR: x + c x^2 + x^3 / 6, where c - 1/2 is what x^4 / 24
-    has of x^2 there (its Chebyshev polynomial), to 4e-8 relative.
+    Not EXACT, abs(d inv_tau) must be at most TAYLOR: x + x^2 / 2 + x^3 / 6, too small by x^4 / 24. Coefficients that
+    make the largest error smaller make that of small x larger: all of one sign, it adds up over a head.
     """
     if not EXACT:
-        square, cube = inv_tau * inv_tau * 0.50000763, inv_tau * inv_tau * inv_tau * 0.16666667
+        square, cube = inv_tau * inv_tau * 0.5, inv_tau * inv_tau * inv_tau * 0.16666667
         return tl.fma(d, tl.fma(d, tl.fma(d, cube, square), inv_tau), -r)
     x = d * inv_tau
     series = 2.7557319e-6 + x * 2.7557319e-7

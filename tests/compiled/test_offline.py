@@ -83,3 +83,50 @@ def test_the_fast_path_goes_round_loops():
         assert [op.split(".")[0] for op in offline.fast_path(without)].count("LDG") == 1
         with pytest.raises(ValueError, match="loop"):
             offline.fast_path(always)
+
+
+@triton.jit
+def _rare_kernel(x_ptr, out_ptr, AGAIN: tl.constexpr):
+    offs = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    total = tl.sum(tl.load(x_ptr + offs), axis=0)
+    tl.store(out_ptr, total)
+    if AGAIN and total > 1.0:
+        tl.store(out_ptr + 1, tl.sum(tl.exp(tl.load(x_ptr + offs)), axis=0))
+
+
+def test_the_fast_path_leaves_out_what_only_some_warps_read_again():
+    for target in offline.NVIDIA:
+        plain, again = (Launch(_rare_kernel, (4,), (torch.zeros(4096), torch.zeros(16)), {
+            "AGAIN": again, "num_warps": 1, "enable_fp_fusion": False}).compile(target) for again in (False, True))
+        plain, again = map(offline.fast_path, (plain, again))
+        assert plain.count("LDG.E.128") == again.count("LDG.E.128") == 8
+        assert len(plain) - 8 <= len(again) <= len(plain) + 16 and any(op.startswith("ST") for op in again)
+
+
+@triton.jit
+def _listed_kernel(x_ptr, list_ptr, out_ptr, n, INNER: tl.constexpr):
+    i, total = tl.program_id(0), 0.0
+    while i < n:
+        place = tl.load(list_ptr + i)
+        x = x_ptr + place // 2 * 1024
+        if INNER or place % 2 == 1:
+            for chunk in tl.range(0, n * 128, 128):  # a number that lets nothing be unrolled
+                total += tl.sum(tl.exp(tl.load(x + chunk + tl.arange(0, 128))), axis=0)
+        elif place > 0:
+            total += tl.sum(tl.load(x + tl.arange(0, 1024)), axis=0)
+        i += tl.num_programs(0)
+    tl.store(out_ptr, total)
+
+
+def test_the_loop_path_is_once_round_the_outer_loop():
+    """Through the branch that loads everything at once: neither the one with a loop of its own, nor past both."""
+    for target in offline.NVIDIA:
+        args = torch.zeros(4096), torch.zeros(4, dtype=torch.int32), torch.zeros(16), 5
+        built, inner = (Launch(_listed_kernel, (4,), args, {"INNER": inner, "num_warps": 1, "enable_fp_fusion": False}
+                               ).compile(target) for inner in (False, True))
+        way = offline.loop_path(built)
+        assert way.count("LDG.E.128") == 8 and 40 < len(way) < 160
+        with pytest.raises(ValueError, match="no loop inside"):
+            offline.loop_path(inner)
+        with pytest.raises(ValueError, match="0 places"):
+            offline.loop_path(copy_of(1024).compile(target))

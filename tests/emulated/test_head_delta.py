@@ -57,10 +57,10 @@ def transposed(*dtypes, **options):
 
 
 def mixed(*dtypes, **options):
-    """Keys and values of groups, matrices of several kinds, and a layer of other shapes."""
-    return [[segment(4, 16, 256, None, *dtypes, **options), segment(2, 16, 256, GROUP, *dtypes, seed=1, **options),
-             segment(2, 8, 200, GROUP, *dtypes, seed=2, **options)],
-            [segment(2, 5, 13, None, FP32, seed=3), segment(1, 5, 13, (0, 0), FP32, seed=4)]]
+    """Keys and values of a group, flat matrices of two shapes among others, and a layer of another order."""
+    return [[segment(2, 16, 256, None, *dtypes, **options), segment(1, 32, 128, (0, 0), *dtypes, seed=1, **options),
+             segment(1, 8, 200, (0, 0), *dtypes, seed=2, **options)],
+            [segment(1, 8, 200, None, *dtypes, seed=3, **options), segment(2, 16, 256, (1,), *dtypes, seed=4, **options)]]
 
 
 def pass_of(kernel):
@@ -150,8 +150,9 @@ def test_dtypes(dtypes):
     _, launches = run(layers)
     check_bytes(layers, launches)
     (stats,) = (launch for launch in launches if pass_of(launch.kernel) == "stats")
-    weights = {launch_name for launch_name in (stats.memory.at(base).name for base in footprint(layers))}
-    assert 32 * stats.distinct_sectors(lambda name: name in weights) == sum(int(m.sum()) for m in footprint(layers).values())
+    wanted = footprint(layers)
+    weights = {stats.memory.at(base).name for base in wanted}
+    assert 32 * stats.distinct_sectors(lambda name: name in weights) == sum(int(mask.sum()) for mask in wanted.values())
 
 
 @pytest.mark.parametrize("metrics", [["pad"], SUMMED], ids=["pad", "all"])
@@ -190,7 +191,7 @@ def test_sm_90(layout):
 @pytest.mark.parametrize("delta", [1e-3, 0.05])
 def test_results_are_equal_to_the_bit_in_any_order_of_programs(delta):
     layers = mixed(BF16, delta=delta)
-    first, *others = (run(layers, order=order)[0] for order in ("forward", "forward", "reverse", "shuffled"))
+    first, *others = (run(layers, order=order)[0] for order in ("forward", "forward", "reverse"))
     assert all(torch.equal(other[name], first[name]) for other in others for name in SUMMED)
 
 

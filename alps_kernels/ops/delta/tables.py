@@ -83,10 +83,11 @@ def flat_sums(layers: Sequence[Sequence[Any]], tau: float, every: bool) -> Sums:
     kernels, stats, scans = device_code("head_delta"), [], []
     for i, (kind, row) in enumerate(zip(matrices, rows, strict=True)):
         (bases, tasks), count = t.others[2 * i:2 * i + 2], len(matrices[kind][0])
-        runs, lanes = (1, LANES) if kind.flat else (RUNS, RUNS * TILE // 16)
+        # Two threads a lane where tiles are transposed, which takes registers.
+        runs, lanes, threads = (1, LANES, LANES) if kind.flat else (RUNS, RUNS * TILE // 16, RUNS * TILE // 8)
         scalars = kind.rows, kind.cols, *kind.strides, 1 / tau
         options = {"BASE": triton_type(kind.base), "TASK": triton_type(kind.task), "FLAT": kind.flat, "TILE": row.tile,
-                   "RUNS": runs, "LANES": lanes, "num_warps": lanes // LANES, "enable_fp_fusion": True}
+                   "RUNS": runs, "LANES": lanes, "num_warps": threads // LANES, "enable_fp_fusion": True}
         stats.append(partial(kernels.head_delta_stats_kernel[(count * row.tiles_of_run * -(-kind.rows // runs),)],
                              bases, tasks, t.stats[row.first:], *scalars, ALL=every, **options))
         scans.append(partial(kernels.head_delta_scan_kernel[(len(heads.sizes), SCANS)], bases, tasks, *t.of_scan(i),
@@ -119,12 +120,14 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: b
         # Three passes of the tensor cores come to float32's precision; AMD's have float32 of their own.
         "PRECISION": "ieee" if torch.version.hip else "tf32x3", "enable_fp_fusion": True,
         # Triton's own 3 stages take up to 200 KB of shared memory, more than most GPUs have. Past 128 columns two
-        # do too, and 4 warps spill registers.
-        "num_stages": 1 if torch.version.hip or d_v > 128 else 2, "num_warps": 8 if d_v > 128 else 4,
+        # do too, and 4 warps spill registers; in pass B they do for fewer.
+        "num_stages": 1 if torch.version.hip or d_v > 128 else 2,
     }
     scalars, kernels = (d_model, q.base.stride(1), q.task.stride(1), 1 / tau), device_code("head_projection")
-    stats = partial(kernels.projection_stats_kernel[(count, tiles)], *given, t.stats, *scalars, ALL=every, **options)
-    scan = partial(kernels.projection_scan_kernel[(count, SCANS)], *given, *t.of_scan(0), *scalars, **options)
+    stats = partial(kernels.projection_stats_kernel[(count, tiles)], *given, t.stats, *scalars, ALL=every,
+                    num_warps=8 if d_v > 128 else 4, **options)
+    scan = partial(kernels.projection_scan_kernel[(count, SCANS)], *given, *t.of_scan(0), *scalars,
+                   num_warps=8, **options)
     return t.run([stats], [scan], every)
 
 
@@ -196,7 +199,7 @@ class Tables:
                 launch()
             device_code("delta_heads").list_tiles_kernel[(len(self._sizes),)](
                 *self._heads, self.stats, self._list, self._carries, self._sums, self._list.shape[1],
-                ALL=every, SLOTS=SLOTS, enable_fp_fusion=True)
+                ALL=every, SLOTS=SLOTS, num_warps=2, enable_fp_fusion=True)
             for launch in scans:
                 launch()
             return Sums(self._sums.sum(0).cpu(), self._sizes)
