@@ -22,7 +22,7 @@ def expm1_less(d, r, inv_tau, EXACT: tl.constexpr):
     series = 1.9841270e-4 + x * (2.4801587e-5 + x * series)
     series = 8.3333333e-3 + x * (1.3888889e-3 + x * series)
     series = 0.16666667 + x * (4.1666668e-2 + x * series)
-    series = x * (1.0 + x * (0.5 + x * series))
+    series = tl.fma(x * x, 0.5 + x * series, x)
     return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0) - r
 
 
@@ -56,4 +56,8 @@ def surprise(d):
     s = 0.16666667 - d * (0.083333333 - d * s)
     small = d * d * (0.5 - d * s)
     one = tl.maximum(1.0 + d, 1e-37)
-    return tl.where(tl.abs(d) < 0.25, small, one * tl.log(one) - d)
+    root = 1.0 + tl.sqrt(one)
+    t = d / (root * root)  # log(1 + d) = 4 atanh(t); tl.log is approximate, which the difference would show
+    q = t * t
+    log = t * (4.0 + q * (1.3333334 + q * (0.8 + q * (0.5714286 + q * (0.44444445 + q * 0.36363637)))))
+    return tl.where(tl.abs(d) < 0.25, small, one * log - d)

@@ -66,8 +66,8 @@ def score_heads(
 
     Raises:
         LayoutError: heads cannot be located, or the models are not of one architecture.
-        ValueError: an unknown option, the same model twice, a missing, non-finite or quantised
-            weight. Each names the tensor and the model or file.
+        ValueError: an unknown option, the same model twice, a missing or quantised weight, or a
+            non-finite one among those compared. Each names the tensor and the model or file.
         FileNotFoundError: no such checkpoint, or a shard of it is missing.
     """
     metrics = _checked(metric, representation, temperature)

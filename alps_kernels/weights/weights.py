@@ -19,6 +19,7 @@ from .tensor_files import FLOATS, TensorInfo
 # What torch.compile and activation checkpointing put into names.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
 
+PLAIN = (bool, int, float, str, tuple, type(None))
 _LAYOUTS: WeakKeyDictionary[nn.Module, tuple[tuple, HeadLayout]] = WeakKeyDictionary()
 
 
@@ -61,7 +62,7 @@ class ModelWeights:
     Names are those of the model itself, without what torch.compile and its like put into them.
 
     Args:
-        cached_layout: take the layout that was found last for this model with these names and shapes.
+        cached_layout: take the layout that was found last for this model, if it still states the same.
 
     Raises:
         LayoutError: its heads cannot be located, or adapters are still beside its attention weights.
@@ -145,11 +146,19 @@ def canonical(name: str) -> str:
 
 
 def _cached_layout(model: nn.Module, params: Mapping[str, Tensor]) -> HeadLayout:
-    """`find_heads` by canonical names, cached for a model of these names and shapes: swaps should not wait for it."""
+    """`find_heads` by canonical names, cached for a model that states the same: swaps should not wait for it.
+
+    It reads names, shapes, and what modules and their configurations state in numbers and words.
+    """
     shapes = tuple((name, tuple(param.shape)) for name, param in params.items())
+    stated = tuple((type(module), *((name, value) for name, value in vars(module).items()
+                                    if type(value) in PLAIN and name != "training")) for module in model.modules())
+    configs = {id(config): config for module in model.modules()
+               if (config := getattr(module, "config", None)) is not None}
+    state = shapes, stated, tuple(repr(vars(config)) for config in configs.values())
     known = _LAYOUTS.get(model)
-    if known is None or known[0] != shapes:
-        known = _LAYOUTS[model] = (shapes, _canonical_layout(find_heads(model)))
+    if known is None or known[0] != state:
+        known = _LAYOUTS[model] = (state, _canonical_layout(find_heads(model)))
     return known[1]
 
 

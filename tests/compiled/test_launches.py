@@ -52,7 +52,7 @@ def test_a_recorded_launch_asks_for_what_the_launch_asks_for(case):
     by_launch = asked(target, launches, make())
     assert by_launch.keys() == launches.keys()
     assert asked(target, launches, lambda: compile_all(target, launches)) == by_launch
-    for other in ({"num_stages": 4}, {"num_warps": 2}, {"enable_fp_fusion": "step" in case}):
+    for other in ({"num_stages": 4}, {"num_warps": 16}, {"enable_fp_fusion": "step" in case}):
         planted = asked(target, launches, lambda: compile_all(target, launches, **other))
         assert all(planted[name] != by_launch[name] for name in launches), other
 
@@ -63,7 +63,7 @@ def test_a_binary_has_the_options_of_its_launch(target):
         for launch in launches.values():
             assert differences(launch, launch.compile(target), target) == []
     assert differences(launch, launch.with_options(num_stages=3).compile(target), target) == ["num_stages"]
-    assert differences(launch, launch.with_options(num_warps=8).compile(target), target) == ["num_warps"]
+    assert differences(launch, launch.with_options(num_warps=16).compile(target), target) == ["num_warps"]
 
 
 def differences(launch, built, target):

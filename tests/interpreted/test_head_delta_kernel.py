@@ -32,6 +32,7 @@ LEFT_OVER = {
     "test_logits_out_of_range", "test_a_temperature_beyond_float32",
     "test_cosine_of_weights_that_shrink", "test_identical_models_score_exactly_zero",
     "test_a_head_of_few_weights", "test_a_shift_of_all_weights", "test_every_kind_of_change",
+    "test_a_shift_that_outdoes_the_rest", "test_changes_that_undo_each_other", "test_squares_beyond_float32",
 }
 SUMMED = [name for name in METRICS if name != "pad_values"]
 
@@ -194,6 +195,34 @@ def test_a_shift_of_all_weights():
     base, _ = pair(1, 16, 40)
     layer = [Segment(base, base + 0.01, (0,))]
     close(head_delta([layer], ["pad"], backend="triton"), stored_oracle([layer]), ["pad"])
+
+
+@pytest.mark.parametrize("times", [1.0, 2.0, 5.0])
+def test_a_shift_that_outdoes_the_rest(times):
+    base, noise = pair(2, 16, 129), 1e-3 * torch.randn(2, 16, 129, generator=torch.Generator().manual_seed(1))
+    layer = [Segment(base[0], base[0] + 1e-3 * times + noise, (0, 1))]
+    found, expected = head_delta([layer], ["pad"], backend="triton"), stored_oracle([layer])
+    torch.testing.assert_close(found["pad"], expected["pad"], rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("base, moves", [(0.02, 1e-3), (0.5, 2**-6)])
+def test_changes_that_undo_each_other(base, moves):
+    """Next to nothing of them is left in the CDF difference, which their rounding would fill."""
+    weights = base * torch.randn(1, 16, 128, generator=torch.Generator().manual_seed(2)) if base < 0.1 else (
+        torch.full((1, 16, 128), base))
+    layer = [Segment(weights, weights + moves * (1 - 2 * (torch.arange(128) % 2)), (0,))]
+    close(head_delta([layer], ["pad"], backend="triton"), stored_oracle([layer]), ["pad"])
+
+
+def test_squares_beyond_float32():
+    base, task = (x.clone() for x in pair(3, 8, 40))
+    base[0, 0, 0] = task[0, 0, 0] = -1e30  # of which the sum of squares is infinite
+    base[1:], task[1:] = 0.0, torch.tensor([1e-30, 1e-22])[:, None, None]  # of which it is 0, or faint
+    layer, metrics = [Segment(base, task, (0, 1, 2))], ["euclidean", "relative", "cosine_weights"]
+    found, expected = head_delta([layer], metrics, backend="triton"), stored_oracle([layer])
+    torch.testing.assert_close(found["euclidean"], expected["euclidean"], rtol=1e-6, atol=0)
+    for name in metrics[1:]:
+        assert found[name][0] == pytest.approx(float(expected[name][0]), rel=1e-6)
 
 
 @pytest.mark.parametrize("delta", [1e-2, 4e-3, 1e-3, 1e-4, 1e-5])  # 4e-3: just within the short series of expm1

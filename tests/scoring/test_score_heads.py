@@ -196,6 +196,18 @@ def test_heads_are_located_once_for_a_model(monkeypatch):
     assert len(alps.score_heads(base, wider)) == 8 and len(found) == 4
 
 
+def test_heads_are_located_anew_where_a_model_states_others():
+    """The same shapes: 4 heads of 8, then 8 heads of 4."""
+    models = base, task = llama(num_attention_heads=4, attention_bias=False), moved(
+        llama(num_attention_heads=4, attention_bias=False))
+    assert alps.score_heads(base, task).heads_per_layer == (4, 4)
+    for model in models:
+        model.config.update({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4})
+        for layer in model.model.layers:
+            layer.self_attn.head_dim = 4
+    assert alps.score_heads(base, task).heads_per_layer == (8, 8)
+
+
 def test_permuted_heads_permute_their_scores():
     base, task = (bert() for _ in range(2))
     task = moved(task)

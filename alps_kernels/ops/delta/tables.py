@@ -26,9 +26,10 @@ SCANS = 8  # programs of a head in pass B
 # logits so far from 0 have float32 digits too few, and the sums of the latter may underflow.
 RANGE = 2.0**32
 LARGE = 1.0  # |x| beyond which a weight that dominates leaves a small Z_T to float32 rounding: then float64
-# Of all weights' common change, |r|, float32 leaves a rest in the steps that 1 / sqrt(n) of it must not come near.
-# Of a vector whose part across another is below this share, float32 sums leave that part to rounding.
-SHIFTED, ACROSS = 16.0, 0.1
+# Steps that are small beside what all weights move together, |r|, or each apart, sqrt(sum x^2), are rests that float32
+# rounds. Of a vector whose part across another is below the third share, float32 sums leave that part to rounding.
+SHIFTED, MOVED, ACROSS = 8.0, 32.0, 0.1
+FAINT = 1e-36  # a mean square below it is of squares that underflow
 
 # Rows of tables, as csrc_triton has them. Of matrices of a kind: the row of their first tile in `stats`, tiles of a
 # matrix and of a row of it, elements of a row and of a tile. Of a head: float64 sums, up to `cc` from both passes.
@@ -92,7 +93,7 @@ def flat_sums(layers: Sequence[Sequence[Any]], tau: float, every: bool) -> Sums:
                              bases, tasks, t.stats[row.first:], *scalars, ALL=every, **options))
         scans.append(partial(kernels.head_delta_scan_kernel[(len(heads.sizes), SCANS)], bases, tasks, *t.of_scan(i),
                              row.first, row.first + count * row.tiles, *scalars, **options))
-    return t.run(stats, scans, every)
+    return t.run(stats, scans, tau, every)
 
 
 def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: bool) -> Sums:
@@ -128,7 +129,7 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: b
                     num_warps=8 if d_v > 128 else 4, **options)
     scan = partial(kernels.projection_scan_kernel[(count, SCANS)], *given, *t.of_scan(0), *scalars,
                    num_warps=8, **options)
-    return t.run([stats], [scan], every)
+    return t.run([stats], [scan], tau, every)
 
 
 def _group_products(k: Any, v: Any, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +193,7 @@ class Tables:
         """What pass B over matrices of this kind is given of these."""
         return self._list, self._carries, self._sums[0], self._sums[1 + kind * SCANS:], self._list.shape[1]
 
-    def run(self, stats: list[partial], scans: list[partial], every: bool) -> Sums:
+    def run(self, stats: list[partial], scans: list[partial], tau: float, every: bool) -> Sums:
         """Launch both passes and what is between them; wait for the device once."""
         with on_device(self.stats.device), launching():
             for launch in stats:
@@ -202,7 +203,7 @@ class Tables:
                 ALL=every, SLOTS=SLOTS, num_warps=2, enable_fp_fusion=True)
             for launch in scans:
                 launch()
-            return Sums(self._sums.sum(0).cpu(), self._sizes)
+            return Sums(self._sums.sum(0).cpu(), self._sizes, 1 / tau)
 
 
 class Sums:
@@ -212,20 +213,25 @@ class Sums:
         s: by column, float64 [heads], on the CPU; sizes: elements of each head.
     """
 
-    def __init__(self, sums: Tensor, sizes: Tensor) -> None:
-        self.s, self.sizes = SumRow(*sums.unbind(1)), sizes
+    def __init__(self, sums: Tensor, sizes: Tensor, inv_tau: float) -> None:
+        self.s, self.sizes, self.inv_tau = SumRow(*sums.unbind(1)), sizes, inv_tau
         self.z_task = self.s.z * (1 + self.s.r)
 
     def doubtful(self, metrics: Sequence[str]) -> Tensor:
         """Which heads the float32 sums may miss, bool [heads]: they are rare, and the CPU backend takes them."""
-        s = self.s
-        held = (s.far <= LARGE) & (s.z >= CONCENTRATED * s.top) & (s.top > 1 / RANGE) & (s.top < RANGE)
-        doubt = ~(held & self.z_task.isfinite() & s.dd.isfinite())  # also where one of them is NaN
-        if {"pad", "pad_index"} & set(metrics):
+        s, wanted, moved = self.s, set(metrics), self.s.dd.sqrt()
+        doubt = ~s.dd.isfinite() | ((s.steps != 0) | (s.r != 0)) & (s.dd < FAINT * self.sizes)
+        if wanted & {"cosine_weights", "relative"}:
+            doubt |= ~s.bb.isfinite() | (s.bb != 0) & (s.bb < FAINT * self.sizes)
+        if wanted - {"cosine_weights", "relative", "euclidean"}:
+            held = (s.far <= LARGE) & (s.z >= CONCENTRATED * s.top) & (s.top > 1 / RANGE) & (s.top < RANGE)
+            doubt |= ~(held & self.z_task.isfinite())  # also where one of them is NaN
+        if wanted & {"pad", "pad_index"}:
             doubt |= s.r.abs() * s.z * self.sizes.sqrt() > SHIFTED * s.steps
-        for name, squares, dots, moved in (("cosine", s.aa, s.ac, s.cc), ("cosine_weights", s.bb, s.bd, s.dd)):
-            if name in metrics:
-                doubt |= moved * squares - dots.square() < ACROSS * moved * squares
+            doubt |= moved * self.inv_tau * s.z > MOVED * s.steps
+        for name, squares, dots, moves in (("cosine", s.aa, s.ac, s.cc), ("cosine_weights", s.bb, s.bd, s.dd)):
+            if name in wanted:
+                doubt |= moves * squares - dots.square() < ACROSS * moves * squares
         return doubt
 
     def scores(self, metrics: Sequence[str]) -> dict[str, Tensor]:
