@@ -179,7 +179,7 @@ def _change(eight, r, inv_tau, sums, MASKED: tl.constexpr, EXACT: tl.constexpr):
     e, m = exp_of(b, there, inv_tau, MASKED), expm1_less(d, r, inv_tau, EXACT)
     c = e * m
     if EXACT:
-        # fma: a product that the compiler fuses into tl.sum is rounded otherwise in each of the threads that hold the sum
+        # fma: else the product is fused into tl.sum, and the threads that hold a sum round it differently
         squares = tl.fma(e, e, 0.0), tl.fma(e, c, 0.0), tl.fma(c, c, 0.0)
         terms, added = exact_divergences(e, m / (1.0 + r)) + squares, (sums[0],)
         for i in tl.static_range(5):

@@ -160,8 +160,9 @@ def loop_path(built) -> list[str]:
     body = [targets & loop - {head} if i in loop else set() for i, targets in enumerate(after)]
     inner = set().union(*_loops(body))
     # Each instruction twice: ahead of the first load of 16 bytes, and behind it.
-    twice = [{j + n * _is_wide_load(op) for j in targets & loop - inner} for op, targets in zip(opcodes, after, strict=True)
-             ] + [{j + n for j in targets & loop - inner} for targets in after]
+    stays = [targets & loop - inner for targets in after]
+    twice = [{j + n * _is_wide_load(op) for j in targets} for op, targets in zip(opcodes, stays, strict=True)]
+    twice += [{j + n for j in targets} for targets in stays]
     came = _came(twice, head, set())
     if head + n not in came:
         raise ValueError("no way round the longest loop loads 16 bytes at a time and enters no loop inside it")
@@ -228,8 +229,8 @@ def _instructions(code: str) -> tuple[list[str], list[set[int]]]:
     place = {at: i for i, (at, *_) in enumerate(found)}
     after = []
     for i, (_, predicate, op, operands) in enumerate(found):
-        # BRA.DIV is for threads that have parted. Before sm_90 loops are left by a CALL that counts no call; no way goes
-        # through a function's RET, whose end is in a register.
+        # BRA.DIV is for threads that have parted. Before sm_90 loops are left by a CALL that counts no call; no way
+        # goes through a function's RET, whose end is in a register.
         branch = op in ("BRA", "BRA.U", "CALL.REL.NOINC")
         jump = {place[int(re.search(r"0x([0-9a-f]+)", operands)[1], 16)]} if branch else set()
         jump |= {END} if op == "EXIT" and not predicate else set()

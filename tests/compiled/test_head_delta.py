@@ -1,4 +1,4 @@
-"""Code generation of the scoring kernels: every target, no spills, 16-byte loads where it matters; what a call launches."""
+"""Code of the scoring kernels: every target, no spills, 16-byte loads where it matters; what a call launches."""
 
 import random
 import re
@@ -38,7 +38,8 @@ def project(which, target="sm_90", *case, **options):
 @pytest.mark.parametrize("metrics", WANTED)
 def test_a_launch_is_that_of_its_case(layout, metrics):
     for target, lanes in (("sm_90", 32), ("gfx942", 64)):
-        stats, listing, scan = (score_launches(target, "fp32", "bf16", layout, metrics)[name] for name in KERNELS.values())
+        launches = score_launches(target, "fp32", "bf16", layout, metrics)
+        stats, listing, scan = (launches[name] for name in KERNELS.values())
         for launch in (stats, scan):
             found = {key: str(launch.argument(key)) for key in ("BASE", "TASK", "FLAT")}
             assert found == {"BASE": "fp32", "TASK": "bf16", "FLAT": str(layout == "flat")}
@@ -60,7 +61,7 @@ FEW = {("all", "sm_100"): 0.8}
 @pytest.mark.parametrize("target", offline.TARGETS)
 @pytest.mark.parametrize("metrics", WANTED)
 def test_flat_passes_have_the_resources_that_they_need(metrics, target):
-    """No spills, and enough programs of one warp each for the memory's bandwidth, whatever registers a compiler takes."""
+    """No spills, and enough programs of one warp each for the memory's bandwidth, whatever registers they take."""
     for which in KERNELS:
         check(compiled(which, target, metrics=metrics))
     stats, scan = (compiled(which, target, metrics=metrics) for which in ("stats", "scan"))
@@ -144,10 +145,9 @@ def test_bytes_are_those_of_the_docstring(base, size):
 
 
 # At 3.0 TB/s a pair of bf16 weights arrives every 4/3 ps; 132 SMs of 4 issue slots at 1.75 GHz have 39 instructions
-# for it, and twice as many for one of float32. The scan of listed tiles is the same for all metrics. A B200 adds two
-# at a time.
+# for it, and twice as many for one of float32. The scan of listed tiles is the same for all metrics. Triton 3.9 adds
+# two at a time on sm_100, 3.6 does not and takes 20.2 on sm_120 where 3.9 takes 19.5.
 MOST = {"first pass": {"pad": (20, 27.5), "all": (33, 40)}, "scan": {"pad": (14.5, 16.5), "all": (14.5, 16.5)}}
-MOST_100 = {"first pass": {"pad": (17, 27), "all": (29, 37.5)}, "scan": {"pad": (12.5, 15), "all": (12.5, 15)}}
 
 
 @pytest.mark.parametrize("dtype, target", [
@@ -157,7 +157,7 @@ MOST_100 = {"first pass": {"pad": (17, 27), "all": (29, 37.5)}, "scan": {"pad": 
 @pytest.mark.parametrize("metrics", WANTED)
 @pytest.mark.parametrize("name", WAYS)
 def test_instructions_of_a_pair_of_weights(name, metrics, dtype, target):
-    most = (MOST_100 if target == "sm_100" else MOST)[name][metrics][dtype == "fp32"]
+    most = MOST[name][metrics][dtype == "fp32"] + 0.5 * (target == "sm_120")
     assert 10 < of_a_pair(name, metrics, target, dtype) <= most
 
 
@@ -167,24 +167,26 @@ def test_nothing_waits_for_another_warp():
             assert not [op for op in way(name, metrics) if op.startswith(("BAR", "STS", "LDS"))], (name, metrics)
 
 
-def only_divides(name, ttir):
-    """All that is done with a value: another is divided by it."""
-    lines = re.split(rf"{name} = [^\n]*\n", ttir, maxsplit=1)[1].splitlines()
-    uses = [line for line in lines if re.search(rf"{name}\b", line)]
-    return all(only_divides(line.split()[0], ttir) if "tt.splat" in line
-               else re.search(rf"arith\.(div|rem)si %\w+, {name} :", line) for line in uses)
+def only_divides(line, ttir):
+    """All that is done with the value that a line of TTIR defines: others are divided by it."""
+    name, behind = line.split()[0], ttir[ttir.index(line) + len(line):]
+    uses = [use.strip() for use in behind.splitlines() if re.search(rf"{name}\b", use)]
+    return all(only_divides(use, ttir) if "tt.splat" in use else re.search(rf"arith\.(div|rem)si %\w+, {name} :", use)
+               for use in uses)
 
 
 def test_no_offset_is_a_32_bit_product():
     """Tiles of a matrix, of which no grid has more, may be counted in 32 bits: they divide a number of a tile."""
     for built in (*(compiled(which, layout=layout) for which in KERNELS for layout in LAYOUTS), *map(project, PRODUCTS)):
         for product in offline.unsafe_products(built):
-            assert only_divides(product.split()[0], built.asm["ttir"]), product
+            assert only_divides(product, built.asm["ttir"]), product
 
 
 def test_an_unsafe_product_is_seen():
     launch = Launch(_strided_copy_kernel, (1,), (torch.zeros(4096), 3), {"enable_fp_fusion": False})
-    assert len(offline.unsafe_products(launch.compile("sm_90"))) == 1
+    built = launch.compile("sm_90")
+    (product,) = offline.unsafe_products(built)
+    assert not only_divides(product, built.asm["ttir"])
 
 
 @triton.jit
@@ -222,7 +224,8 @@ class OnDevice(TorchDispatchMode):
 @pytest.mark.parametrize("metrics", WANTED.values(), ids=WANTED)
 def test_a_call_launches_three_kernels_and_waits_once(metrics, monkeypatch):
     """1,024 heads of 32 layers, keys and values of 8 groups each."""
-    monkeypatch.setattr(delta_tables.Sums, "doubtful", lambda sums, metrics: torch.zeros(len(sums.sizes), dtype=torch.bool))
+    sound = lambda sums, metrics: torch.zeros(len(sums.sizes), dtype=torch.bool)  # noqa: E731
+    monkeypatch.setattr(delta_tables.Sums, "doubtful", sound)
     group = [h // 4 for h in range(32)]
     layers = [(segment(32, 16, 128, range(32), device="meta"),
                *(segment(8, 16, 128, group, device="meta") for _ in range(2))) for _ in range(32)]

@@ -90,7 +90,10 @@ def watched(target="sm_80", **config):
         session.before = prepare
         patch.setattr(op, "_of_one", lambda *_: pytest.fail("a head was left to the CPU backend"))
         yield session
-    assert not session.faults, "\n".join(dict.fromkeys(map(str, session.faults)))
+    # Random errors are drawn for each thread: those that hold the same sum then store different ones, as no GPU does.
+    faults = [fault for fault in session.faults
+              if config.get("approximation") != "random" or "wrote two values" not in fault.detail]
+    assert not faults, "\n".join(dict.fromkeys(map(str, faults)))
 
 
 def close(found, wanted, tolerance=2e-7):

@@ -84,15 +84,17 @@ def flat_sums(layers: Sequence[Sequence[Any]], tau: float, every: bool) -> Sums:
     kernels, stats, scans = device_code("head_delta"), [], []
     for i, (kind, row) in enumerate(zip(matrices, rows, strict=True)):
         (bases, tasks), count = t.others[2 * i:2 * i + 2], len(matrices[kind][0])
-        # Two threads a lane where tiles are transposed, which takes registers.
-        runs, lanes, threads = (1, LANES, LANES) if kind.flat else (RUNS, RUNS * TILE // 16, RUNS * TILE // 8)
+        runs, lanes = (1, LANES) if kind.flat else (RUNS, RUNS * TILE // 16)
         scalars = kind.rows, kind.cols, *kind.strides, 1 / tau
         options = {"BASE": triton_type(kind.base), "TASK": triton_type(kind.task), "FLAT": kind.flat, "TILE": row.tile,
-                   "RUNS": runs, "LANES": lanes, "num_warps": threads // LANES, "enable_fp_fusion": True}
+                   "RUNS": runs, "LANES": lanes, "enable_fp_fusion": True}
+        warps = lanes // LANES
         stats.append(partial(kernels.head_delta_stats_kernel[(count * row.tiles_of_run * -(-kind.rows // runs),)],
-                             bases, tasks, t.stats[row.first:], *scalars, ALL=every, **options))
+                             bases, tasks, t.stats[row.first:], *scalars, ALL=every,
+                             # two threads a lane where tiles are transposed, which takes registers
+                             num_warps=warps if kind.flat else 2 * warps, **options))
         scans.append(partial(kernels.head_delta_scan_kernel[(len(heads.sizes), SCANS)], bases, tasks, *t.of_scan(i),
-                             row.first, row.first + count * row.tiles, *scalars, **options))
+                             row.first, row.first + count * row.tiles, *scalars, num_warps=warps, **options))
     return t.run(stats, scans, tau, every)
 
 
