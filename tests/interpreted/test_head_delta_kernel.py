@@ -13,7 +13,7 @@ from tests.ops.delta_oracle import oracle, projection_oracle, stored_oracle
 TOLERANCE = 1e-6  # relative, every metric
 SMALL = {"FLAT_TILE": 128, "LANES": 4, "TILE": 64, "RUNS": 4, "SLOTS": 4, "SCANS": 2}  # two chunks of a flat tile
 # Few programs: the interpreter's time is that of its operators, however long their tensors.
-SIDE_BY_SIDE = {"FLAT_TILE": 2**20, "LANES": 4, "TILE": 128, "RUNS": 64, "SLOTS": 64, "SCANS": 2}
+SIDE_BY_SIDE = {"FLAT_TILE": 2**20, "LANES": 32, "TILE": 128, "RUNS": 64, "SLOTS": 64, "SCANS": 2}
 LARGE = {
     "test_every_kind_of_change", "test_most_tiles_are_not_listed", "test_concentrated_softmax",
     "test_cosine_of_weights_that_shrink", "test_unsound_weights_are_refused_by_head",
@@ -171,7 +171,7 @@ def test_matrices_are_read_once_and_only_those_of_a_head(monkeypatch):
     assert grids == [((3 + 2) * 5,), (2 * 2,)]  # matrices by programs of each
 
 
-@pytest.mark.parametrize("sizes", [SMALL, {**SMALL, "RUNS": 64}])
+@pytest.mark.parametrize("sizes", [SMALL, SIDE_BY_SIDE])
 def test_near_and_far_tiles_side_by_side(sizes, monkeypatch):
     """Of tiles that one program of pass B takes together, those that are near have divergences from pass A."""
     resize(monkeypatch, sizes)
@@ -197,7 +197,7 @@ def test_a_shift_of_all_weights():
     close(head_delta([layer], ["pad"], backend="triton"), stored_oracle([layer]), ["pad"])
 
 
-@pytest.mark.parametrize("times", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("times", [1.0, 2.0, 5.0, 8.0])
 def test_a_shift_that_outdoes_the_rest(times):
     base, noise = pair(2, 16, 129), 1e-3 * torch.randn(2, 16, 129, generator=torch.Generator().manual_seed(1))
     layer = [Segment(base[0], base[0] + 1e-3 * times + noise, (0, 1))]
@@ -222,7 +222,7 @@ def test_squares_beyond_float32():
     found, expected = head_delta([layer], metrics, backend="triton"), stored_oracle([layer])
     torch.testing.assert_close(found["euclidean"], expected["euclidean"], rtol=1e-6, atol=0)
     for name in metrics[1:]:
-        assert found[name][0] == pytest.approx(float(expected[name][0]), rel=1e-6)
+        assert found[name][0] == pytest.approx(float(expected[name][0]), rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("delta", [1e-2, 4e-3, 1e-3, 1e-4, 1e-5])  # 4e-3: just within the short series of expm1
@@ -388,4 +388,5 @@ def test_a_temperature_beyond_float32():
 def test_a_metric_alone_is_what_it_is_among_all(name):
     layer = [segment(2, 8, 40)]
     alone, among = (head_delta([layer], names, backend="triton")[name] for names in ([name], SUMMED))
-    assert torch.equal(alone, among)
+    # compiled, the variants of a kernel round their sums differently
+    torch.testing.assert_close(alone, among, rtol=2e-7, atol=0)

@@ -370,3 +370,29 @@ def test_fault_is_seen(name, monkeypatch):
     for check in checks:
         with pytest.raises(BaseException):  # an assertion, or what the faulty code raises itself
             check()
+
+
+# A head of 10,000 elements whose sums the kernels are trusted with, and what makes them doubtful for which metrics.
+TRUSTED = {"steps": 1e3, "kl": 1.0, "js": 0.2, "aa": 1e4, "ac": 1.0, "cc": 1.0, "z": 1e4, "dd": 1.0, "bb": 4.0, "bd": 0.1,
+           "r": 1e-3, "top": 16.0, "far": 1e-2, "listed": 3.0}
+SOFTMAX = {"pad", "pad_index", "kl", "js", "cosine"}
+
+
+@pytest.mark.parametrize("changes, metrics", [
+    ({}, set()), ({"dd": float("inf")}, set(METRICS) - {"pad_values"}), ({"dd": float("nan")}, set(METRICS) - {"pad_values"}),
+    ({"dd": 1e-33}, set(METRICS) - {"pad_values"}), ({"dd": 0.0, "bd": 0.0, "r": 0.0, "steps": 0.0}, set()),
+    ({"bb": float("inf")}, {"relative", "cosine_weights"}), ({"bb": 1e-33}, {"relative", "cosine_weights"}),
+    ({"bb": 0.0, "bd": 0.0}, set()), ({"far": 1.1}, SOFTMAX), ({"top": 2e3}, SOFTMAX), ({"z": 1e13, "top": 5e9}, SOFTMAX),
+    ({"z": 1e-6, "top": 1e-10, "steps": 1e-7}, SOFTMAX), ({"z": float("nan")}, SOFTMAX), ({"r": float("inf")}, SOFTMAX),
+    ({"r": 9e-3}, {"pad", "pad_index"}), ({"r": -9e-3}, {"pad", "pad_index"}), ({"dd": 11.0}, {"pad", "pad_index"}),
+    ({"ac": 99.0}, {"cosine"}), ({"bd": 1.99}, {"cosine_weights"})])
+def test_which_sums_are_doubtful(changes, metrics):
+    row = [(TRUSTED | changes).get(name, 0.0) for name in tables.SumRow._fields]
+    sums = tables.Sums(torch.tensor([row], dtype=torch.float64), torch.tensor([1e4], dtype=torch.float64), 1.0)
+    assert {name for name in METRICS if name != "pad_values" and sums.doubtful([name]).item()} == metrics
+
+
+def test_the_common_change_is_measured_in_temperatures():
+    row = torch.tensor([[TRUSTED.get(name, 0.0) for name in tables.SumRow._fields]], dtype=torch.float64)
+    size = torch.tensor([1e4], dtype=torch.float64)
+    assert [tables.Sums(row, size, inv_tau).doubtful(["pad"]).item() for inv_tau in (1.0, 4.0)] == [False, True]
