@@ -34,7 +34,7 @@ test: $(SETUP)
 emulate: $(SETUP)
 	@test -d "$(PTXEMU)" || { echo "PTXEMU names no folder: make emulate PTXEMU=folder/of/the/emulator"; exit 2; }
 	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 PYTHONPATH=.:$(PTXEMU) \
-	  $(BIN)/python -m pytest -p ptxplugin --noconftest -o addopts= -m "not slow" tests/interpreted \
+	  $(BIN)/python -m pytest -p ptxplugin --noconftest -o addopts= -m "not slow" -n 2 --dist loadfile tests/interpreted \
 	  --ignore-glob="*_faults.py" --ignore=tests/interpreted/test_interpreter.py tests/emulated
 
 # The faults that are tried, in one process, and docs/reliability.md from that run.
