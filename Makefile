@@ -30,7 +30,7 @@ test: $(SETUP)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not slow" -n 2 --dist loadfile
 
 # The kernel tests as compiled code, in the emulator of PTX whose folder PTXEMU names, and what only it can see; about
-# 4 minutes. Without the faults that are planted for the interpreter, and without the tests of Triton's interpreter.
+# 6 minutes. Without the faults that are planted for the interpreter, and without the tests of Triton's interpreter.
 emulate: $(SETUP)
 	@test -d "$(PTXEMU)" || { echo "PTXEMU names no folder: make emulate PTXEMU=folder/of/the/emulator"; exit 2; }
 	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 PYTHONPATH=.:$(PTXEMU) \

@@ -92,9 +92,9 @@ class Piece:
         """All blocks, [n, rows, cols]."""
         if step is None:
             return stacked([block.matrix(weights[block.param]) for block in self.blocks])
-        first, tensor = self.blocks[0].matrix(weights[self.blocks[0].param]), as_matrix(weights[self.blocks[0].param])
-        return first.as_strided((len(self.blocks), *first.shape),
-                                (step * tensor.stride(self.blocks[0].dim), *first.stride()))
+        first = self.blocks[0]
+        weight = weights[first.param]
+        return _spread(first.matrix(weight), len(self.blocks), step * as_matrix(weight).stride(first.dim))
 
 
 def _role(layers: Sequence[AttentionLayer], layer: AttentionLayer, role: str) -> list[Piece]:
@@ -116,9 +116,14 @@ def stacked(blocks: Sequence[Tensor]) -> Tensor:
     step = offsets[1] - offsets[0] if len(blocks) > 1 else first.numel()
     even = all(b - a == step for a, b in zip(offsets, offsets[1:], strict=False))
     if step >= 0 and even and all(_alike(block, first) for block in blocks):
-        # No pattern of einops: the blocks may leave gaps that divide no axis evenly.
-        return first.as_strided((len(blocks), *first.shape), (step, *first.stride()), offsets[0])  # [n, rows, cols]
+        return _spread(first, len(blocks), step)
     return torch.stack(list(blocks))
+
+
+def _spread(first: Tensor, n: int, step: int) -> Tensor:
+    """`first` and the n - 1 blocks like it that begin `step` elements of memory one after the other, a view."""
+    # No pattern of einops: the blocks may leave gaps that divide no axis evenly.
+    return first.as_strided((n, *first.shape), (step, *first.stride()))
 
 
 def _alike(block: Tensor, first: Tensor) -> bool:

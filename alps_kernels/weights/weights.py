@@ -150,11 +150,10 @@ def _cached_layout(model: nn.Module, params: Mapping[str, Tensor]) -> HeadLayout
 
     It reads names, shapes, and what modules and their configurations state in numbers and words.
     """
-    shapes = tuple((name, tuple(param.shape)) for name, param in params.items())
+    shapes, modules = tuple((name, tuple(param.shape)) for name, param in params.items()), [*model.modules()]
     stated = tuple((type(module), *((name, value) for name, value in vars(module).items()
-                                    if type(value) in PLAIN and name != "training")) for module in model.modules())
-    configs = {id(config): config for module in model.modules()
-               if (config := getattr(module, "config", None)) is not None}
+                                    if type(value) in PLAIN and name != "training")) for module in modules)
+    configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
     state = shapes, stated, tuple(repr(vars(config)) for config in configs.values())
     known = _LAYOUTS.get(model)
     if known is None or known[0] != state:

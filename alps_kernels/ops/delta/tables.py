@@ -26,8 +26,9 @@ SCANS = 8  # programs of a head in pass B
 # logits so far from 0 have float32 digits too few, and the sums of the latter may underflow.
 RANGE = 2.0**32
 LARGE = 1.0  # |x| beyond which a weight that dominates leaves a small Z_T to float32 rounding: then float64
-# Steps that are small beside what all weights move together, |r|, or each apart, sqrt(sum x^2), are rests that float32
-# rounds. Of a vector whose part across another is below the third share, float32 sums leave that part to rounding.
+# The sum of abs(CDF difference) may be a small rest of changes that nearly cancel, of which float32 leaves rounding:
+# it is doubtful if |r| sqrt(n) or sqrt(sum x^2), times Z, is so many times larger. Of a change whose part across its
+# base is a smaller share of its square than ACROSS, float32 sums leave that part to rounding.
 SHIFTED, MOVED, ACROSS = 8.0, 32.0, 0.1
 FAINT = 1e-36  # a mean square below it is of squares that underflow
 
