@@ -12,6 +12,7 @@ from ptxemu import Config, emulated
 
 from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
 from alps_kernels.ops.delta import op
+from tests.ops import delta_cases
 from tests.ops.delta_oracle import projection_oracle, stored_oracle
 from tests.support.mutants import plant_kernel
 
@@ -25,10 +26,8 @@ FRESH = ("stats_ptr", "list_ptr", "carries_ptr")
 GROUP = (0, 0, 1, 1)
 
 
-def pair(shape, base=BF16, task=None, delta=1e-3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    b = (0.05 * torch.randn(shape, generator=generator)).to(base)
-    return b, (b.float() + delta * torch.randn(shape, generator=generator)).to(task or base)
+def pair(shape, dtype=BF16, *task_dtype, **options):
+    return delta_cases.pair(shape, dtype, *task_dtype, **options)
 
 
 def segment(n, rows, cols, index=None, *dtypes, **options):

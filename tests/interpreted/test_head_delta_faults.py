@@ -63,7 +63,7 @@ warm = scored(segment(1, 16, 64, delta=2e-4), metrics=["pad", "kl"], tau=0.06)
 hot = scored(segment(1, 16, 64, delta=1.5e-3), metrics=["pad", "kl"], tau=0.06)
 grouped = scored(segment(2, 8, 32), segment(2, 8, 32, (1, 0), seed=1), segment(1, 4, 20, (0, 0), seed=2), metrics=["pad"])
 two_kinds = scored(segment(2, 1, 48), segment(2, 2, 64, seed=1), metrics=["pad"])
-base, task = checks.pair(1, 16, 40, delta=2e-5)
+base, task = checks.pair((1, 16, 40), delta=2e-5)
 shifted = scored(Segment(base, task + 1e-3, (0,)), metrics=["kl", "js"])
 layers = checks.test_grouped_heads_several_segments_and_layers_of_other_shapes
 strides = checks.test_each_model_has_strides_of_its_own

@@ -8,6 +8,7 @@ from einops import rearrange
 
 from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
 from alps_kernels.ops.delta import cpu, oracle as plain, tables as delta_tables
+from tests.ops.delta_cases import pair, segment
 from tests.ops.delta_oracle import oracle, projection_oracle, stored_oracle
 
 TOLERANCE = 1e-6  # relative, every metric
@@ -66,16 +67,6 @@ def left_over(request, monkeypatch):
             heads.extend(layers[0][0].index), backend(layers, metrics, **options))[1])
     yield heads
     assert not heads or request.node.originalname in LEFT_OVER
-
-
-def pair(n, rows, cols, delta=1e-3, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    base = (0.05 * torch.randn(n, rows, cols, generator=generator)).to(dtype)
-    return base, (base.float() + delta * torch.randn(base.shape, generator=generator)).to(dtype)
-
-
-def segment(n, rows, cols, index=None, **options):
-    return Segment(*pair(n, rows, cols, **options), tuple(index if index is not None else range(n)))
 
 
 def error(found, expected):
@@ -138,7 +129,7 @@ def test_most_tiles_are_not_listed(kept):
 
 
 def test_a_head_beside_moved_ones_stays_at_exactly_zero():
-    base, task = pair(3, 16, 40)
+    base, task = pair((3, 16, 40))
     task[1] = base[1]
     found = head_delta([[Segment(base, task, (0, 1, 2))]], SUMMED, backend="triton")
     assert all(found[name][1] == 0 and found[name][0] > 0 and found[name][2] > 0 for name in SUMMED)
@@ -175,7 +166,7 @@ def test_matrices_are_read_once_and_only_those_of_a_head(monkeypatch):
 def test_near_and_far_tiles_side_by_side(sizes, monkeypatch):
     """Of tiles that one program of pass B takes together, those that are near have divergences from pass A."""
     resize(monkeypatch, sizes)
-    base, task = pair(2, 9, 72)
+    base, task = pair((2, 9, 72))
     task[0, 4, 70] += 0.1
     task[1, ::2] += 0.05
     flat = segment(2, 8, 64, delta=1e-2, seed=1)  # and those of another kind are of another launch
@@ -192,14 +183,14 @@ def test_a_head_of_few_weights(rows, cols):
 
 def test_a_shift_of_all_weights():
     """It moves no probability: what float32 leaves is rounding, and not silently taken for a score."""
-    base, _ = pair(1, 16, 40)
+    base, _ = pair((1, 16, 40))
     layer = [Segment(base, base + 0.01, (0,))]
     close(head_delta([layer], ["pad"], backend="triton"), stored_oracle([layer]), ["pad"])
 
 
 @pytest.mark.parametrize("times", [1.0, 2.0, 5.0, 8.0])
 def test_a_shift_that_outdoes_the_rest(times):
-    base, noise = pair(2, 16, 129), 1e-3 * torch.randn(2, 16, 129, generator=torch.Generator().manual_seed(1))
+    base, noise = pair((2, 16, 129)), 1e-3 * torch.randn(2, 16, 129, generator=torch.Generator().manual_seed(1))
     layer = [Segment(base[0], base[0] + 1e-3 * times + noise, (0, 1))]
     found, expected = head_delta([layer], ["pad"], backend="triton"), stored_oracle([layer])
     torch.testing.assert_close(found["pad"], expected["pad"], rtol=5e-6, atol=0)
@@ -215,7 +206,7 @@ def test_changes_that_undo_each_other(base, moves):
 
 
 def test_squares_beyond_float32():
-    base, task = (x.clone() for x in pair(3, 8, 40))
+    base, task = (x.clone() for x in pair((3, 8, 40)))
     base[0, 0, 0] = task[0, 0, 0] = -1e30  # of which the sum of squares is infinite
     base[1:], task[1:] = 0.0, torch.tensor([1e-30, 1e-22])[:, None, None]  # of which it is 0, or faint
     layer, metrics = [Segment(base, task, (0, 1, 2))], ["euclidean", "relative", "cosine_weights"]
@@ -241,14 +232,14 @@ def test_grouped_heads_several_segments_and_layers_of_other_shapes():
 
 
 def test_transposed_views_are_read_in_their_own_order():
-    base, task = pair(1, 24, 24)
+    base, task = pair((1, 24, 24))
     blocks = [rearrange(side[0], "m (head d) -> head d m", head=3) for side in (base, task)]  # of a Conv1D weight
     layer = [Segment(*blocks, (0, 1, 2))]
     close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
 
 
 def test_models_of_two_dtypes():
-    base, _ = pair(2, 8, 32)
+    base, _ = pair((2, 8, 32))
     layer = [Segment(base, (base + 1e-2 * torch.randn_like(base)).bfloat16(), (0, 1))]
     close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
 
@@ -260,7 +251,7 @@ def test_temperature(tau):
 
 
 def test_a_weight_far_from_its_base():
-    base, task = pair(2, 8, 40)
+    base, task = pair((2, 8, 40))
     task[1, 3, 7] += 20.0
     layer = [Segment(base, task, (0, 1))]
     close(head_delta([layer], SUMMED, backend="triton"), stored_oracle([layer]))
@@ -284,7 +275,7 @@ def test_projection_at_other_temperatures(tau):
 
 
 def test_identical_models_score_exactly_zero():
-    base, _ = pair(2, 8, 40)
+    base, _ = pair((2, 8, 40))
     found = head_delta([[Segment(base, base.clone(), (0, 1))]], METRICS, backend="triton")
     assert all((values == 0).all() for values in found.values())
 
@@ -299,7 +290,7 @@ def test_runs_are_equal_to_the_bit():
 @pytest.mark.parametrize("which", ["base", "task"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_unsound_weights_are_refused_by_head(which, value, score):
-    base, task = pair(3, 16, 40)
+    base, task = pair((3, 16, 40))
     (base if which == "base" else task)[2, 1, 1] = value
     first, second = segment(2, 16, 40), segment(3, 16, 40)
     with pytest.raises(ValueError, match="head 2 of layer 1"):
@@ -308,7 +299,7 @@ def test_unsound_weights_are_refused_by_head(which, value, score):
 
 def test_nothing_outside_the_views_is_read():
     frame = torch.full((2, 10, 70), torch.nan)
-    base, task = pair(2, 8, 40)
+    base, task = pair((2, 8, 40))
     views = []
     for side in (base, task):
         room = frame.clone()
@@ -319,7 +310,7 @@ def test_nothing_outside_the_views_is_read():
 
 
 def test_each_model_has_strides_of_its_own():
-    base, task = pair(2, 8, 40)
+    base, task = pair((2, 8, 40))
     wide = torch.full((2, 8, 50), torch.nan)
     wide[:, :, 5:45] = task
     found = head_delta([[Segment(base, wide[:, :, 5:45], (0, 1))]], SUMMED, backend="triton")
@@ -327,7 +318,7 @@ def test_each_model_has_strides_of_its_own():
 
 
 def test_the_oracle_itself_sees_an_order():
-    base, task = pair(1, 8, 40)
+    base, task = pair((1, 8, 40))
     flipped = oracle(base.flip(2).flatten(), task.flip(2).flatten())
     assert abs(flipped["pad"] / oracle(base.flatten(), task.flatten())["pad"] - 1) > 1e-3
 

@@ -12,17 +12,11 @@ from scipy.stats import wasserstein_distance
 
 from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
 from alps_kernels.ops.delta import cpu, large_changes, oracle, small_changes, tables, workers
+from tests.ops.delta_cases import segment
 from tests.ops.delta_oracle import projection_oracle, stored_oracle
 from tests.support.mutants import plant
 
 TOLERANCE = 1e-6  # relative, every metric
-
-
-def segment(n, rows, cols, index=None, delta=1e-3, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    base = (0.05 * torch.randn(n, rows, cols, generator=generator)).to(dtype)
-    task = (base.float() + delta * torch.randn(base.shape, generator=generator)).to(dtype)
-    return Segment(base, task, tuple(index if index is not None else range(n)))
 
 
 def close(found, expected, tolerance=TOLERANCE, metrics=METRICS):
