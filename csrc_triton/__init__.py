@@ -3,4 +3,4 @@
 `ABI` names the calling convention of the kernels; `alps_kernels.ops` refuses another one.
 """
 
-ABI = 5
+ABI = 6

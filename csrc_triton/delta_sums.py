@@ -64,17 +64,29 @@ def _halves(x):
 
 
 @triton.jit
-def _last_of_8(x):
-    _, x = _halves(x)
-    _, x = _halves(x)
-    _, x = _halves(x)
-    return tl.reshape(x, (x.shape[0],))
+def first_and_second(x, N: tl.constexpr = 8):
+    """Of each 2 N neighbours of [runs, 2 N n] the first and the second N, [runs n, N]."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0] * x.shape[1] // (2 * N), 2, N)), (0, 2, 1)))
 
 
 @triton.jit
-def first_and_second(x):
-    """Of each 16 neighbours of [runs, 16 n] the first and the second 8, [runs n, 8]."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0] * x.shape[1] // 16, 2, 8)), (0, 2, 1)))
+def _neighbours(x):
+    """[lanes, n] as n tensors [lanes]."""
+    if x.shape[1] == 1:
+        return (tl.reshape(x, (x.shape[0],)),)
+    else:
+        left, right = first_and_second(x, x.shape[1] // 2)
+        return _neighbours(left) + _neighbours(right)
+
+
+@triton.jit
+def _prefix_sums(x):
+    """Of [lanes, 8], along a lane: 8 tensors [lanes]. (Of tl.cumsum threads that hold products would change places.)"""
+    each = _neighbours(x)
+    sums = (each[0],)
+    for i in tl.static_range(1, 8):
+        sums = sums + (sums[i - 1] + each[i],)
+    return sums
 
 
 @triton.jit
@@ -102,6 +114,17 @@ def add_each(sums, more):
 
 
 @triton.jit
+def _add_products(sums, x, y):
+    """sums + x y, of neighbours together down to as many as `sums` has."""
+    if x.shape[1] == sums.shape[1]:
+        return tl.fma(x, y, sums)
+    else:
+        x0, x1 = _halves(x)
+        y0, y1 = _halves(y)
+        return _add_products(_add_products(sums, x0, y0), x1, y1)
+
+
+@triton.jit
 def _weigh(eight, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.constexpr, EXACT: tl.constexpr):
     """Of the prefix sums E_i of e and A_i of e u: the last ones, their sums, the largest abs(A_i); and new `sums`."""
     b, d, there = eight
@@ -112,11 +135,12 @@ def _weigh(eight, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.constexpr, EXACT:
         left, right = (d, b, b, a, a * u, a * u, e, e, a), (d, b, d, u, u, u * u, e, a, a)
     added = ()
     for i in tl.static_range(len(sums)):
-        x0, x1 = _halves(left[i])
-        y0, y1 = _halves(right[i])
-        added = added + (tl.fma(x1, y1, tl.fma(x0, y0, sums[i])),)
-    e, a = tl.cumsum(e, axis=1), tl.cumsum(a, axis=1)
-    return _last_of_8(e), _last_of_8(a), tl.sum(e, axis=1), tl.sum(a, axis=1), tl.max(tl.abs(a), axis=1), added
+        added = added + (_add_products(sums[i], left[i], right[i]),)
+    e, a = _prefix_sums(e), _prefix_sums(a)
+    e_line, a_line, most = e[0], a[0], tl.abs(a[0])
+    for i in tl.static_range(1, 8):
+        e_line, a_line, most = e_line + e[i], a_line + a[i], tl.maximum(most, tl.abs(a[i]))
+    return e[7], a[7], e_line, a_line, most, added
 
 
 @triton.jit
@@ -184,15 +208,18 @@ def _change(eight, r, inv_tau, sums, MASKED: tl.constexpr, EXACT: tl.constexpr):
         terms, added = exact_divergences(e, m / (1.0 + r)) + squares, (sums[0],)
         for i in tl.static_range(5):
             added = added + (sums[i + 1] + tl.sum(terms[i], axis=1),)
-        return tl.cumsum(c, axis=1), added
+        return _prefix_sums(c), added
     else:
-        return tl.cumsum(c, axis=1), sums
+        return _prefix_sums(c), sums
 
 
 @triton.jit
 def _steps(inside, before, there, MASKED: tl.constexpr):
-    steps = tl.abs(inside + before[:, None])
-    return tl.sum(tl.where(there, steps, 0.0) if MASKED else steps, axis=1)
+    steps, is_there = tl.zeros_like(before), _neighbours(there) if MASKED else ()
+    for i in tl.static_range(8):
+        step = tl.abs(inside[i] + before)
+        steps += tl.where(is_there[i], step, 0.0) if MASKED else step
+    return steps
 
 
 @triton.jit
@@ -203,8 +230,8 @@ def scan(left, right, carry, r, inv_tau, sums, RUNS: tl.constexpr, MASKED: tl.co
     """
     c0, sums = _change(left, r, inv_tau, sums, MASKED, EXACT)
     c1, sums = _change(right, r, inv_tau, sums, MASKED, EXACT)
-    half = _last_of_8(c0)
-    whole = half + _last_of_8(c1)
+    half = c0[7]
+    whole = half + c1[7]
     before = to_lanes(carry, whole.shape[0], RUNS) + _ahead(whole, RUNS)
     new = (sums[0] + (_steps(c0, before, left[2], MASKED) + _steps(c1, before + half, right[2], MASKED)),)
     for i in tl.static_range(1, len(sums)):

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-ABI = 5  # of csrc_triton, as this package calls it
+ABI = 6  # of csrc_triton, as this package calls it
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # as Triton does: faster than the public function
 
 
@@ -45,6 +45,11 @@ def on_device(device: torch.device) -> AbstractContextManager:
 def capturing(device: torch.device) -> bool:
     """The current stream of the current device records a CUDA graph: nothing runs now."""
     return has_streams(device) and torch.cuda.is_current_stream_capturing()
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Its tensor cores are those of compute capability 9.0, which four warps feed together."""
+    return has_streams(device) and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def current_stream(device: torch.device) -> int:

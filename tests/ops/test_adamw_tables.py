@@ -202,7 +202,7 @@ def test_device_code_of_another_version_is_refused(monkeypatch):
     import csrc_triton
 
     monkeypatch.setattr(csrc_triton, "ABI", 999)
-    with pytest.raises(ImportError, match="ABI 999, alps_kernels calls ABI 5"):
+    with pytest.raises(ImportError, match="ABI 999, alps_kernels calls ABI 6"):
         device_code("head_adamw")
 
 

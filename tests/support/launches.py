@@ -15,11 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from alps_kernels.ops.delta import projection
 
 RUN = JITFunction.run
 
@@ -68,7 +71,7 @@ def recorded(target: str = "sm_90") -> Iterator[list[Launch]]:
     """Note launches in place of making them: nothing is written, and the launch returns None.
 
     Args:
-        target: host code sees the torch of this GPU's vendor (`torch.version.hip`).
+        target: host code sees the torch of this GPU's vendor (`torch.version.hip`), and whether it is a Hopper.
     """
     launches: list[Launch] = []
 
@@ -78,7 +81,8 @@ def recorded(target: str = "sm_90") -> Iterator[list[Launch]]:
     hip = torch.version.hip
     JITFunction.run, torch.version.hip = note, "6.4" if target.startswith("gfx") else None
     try:
-        yield launches
+        with mock.patch.object(projection, "is_hopper", lambda device: target == "sm_90"):
+            yield launches
     finally:
         JITFunction.run, torch.version.hip = RUN, hip
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..device import runs_kernels
 from . import cpu
-from .tables import flat_sums, projection_sums
+from .projection import WIDEST, dtypes_of, projection_sums
+from .tables import flat_sums
 
 LAUNCHABLE = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels read
 METRICS = ("pad", "pad_index", "pad_values", "kl", "js", "cosine", "cosine_weights", "euclidean", "relative")
@@ -80,7 +81,7 @@ def _dispatch(layers: Sequence, metrics: Sequence[str], tau: float, backend: str
     for i, layer in enumerate(layers):
         kernel = summed and (runs_kernels(layer[0].base) if backend is None else backend == "triton")
         kernel = kernel and all(side.dtype in LAUNCHABLE for s in layer for side in (s.base, s.task))
-        kernel = kernel and not (projection and any(side.stride(2) != 1 for side in (layer[0].base, layer[0].task)))
+        kernel = kernel and not (projection and layer[2].base.shape[1] > WIDEST)
         batches.setdefault(_kind(layer, projection) if kernel else layer[0].base.device, []).append(i)
     widths = [len(layer[0].index) for layer in layers]
     found = {name: [torch.empty(0, dtype=torch.float64, device="cpu")] * max(1, len(layers)) for name in metrics}
@@ -117,8 +118,7 @@ def _kind(layer: Sequence[Segment], projection: bool) -> tuple:
     if not projection:
         return (layer[0].base.device,)
     q, _, v = layer
-    return (q.base.device, q.base.shape[1:], v.base.shape[1], q.base.dtype, q.task.dtype,
-            q.base.stride(1), q.task.stride(1))
+    return (q.base.device, q.base.shape[1:], v.base.shape[1], *dtypes_of(layer))
 
 
 def _check(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], temperature: float) -> None:

@@ -19,7 +19,6 @@ from .small_changes import CONCENTRATED, cosine_distance
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 FLAT_TILE, TILE = 2048, 128  # elements of a tile of a flat matrix, of another
 RUNS = 16  # tiles of a program side by side, where matrices are not flat
-ROWS, K_BLOCK = 16, 16  # of a projection's tile; with d_v = 128 a tile is 2,048 elements
 SLOTS = 128  # tiles of a head at a time between the passes
 SCANS = 8  # programs of a head in pass B
 # Pass A takes exp(logit) without a shift. A head whose largest is beyond this, or below its inverse, is doubtful:
@@ -73,8 +72,8 @@ def flat_sums(layers: Sequence[Sequence[Any]], tau: float, every: bool) -> Sums:
             bases, tasks = matrices.setdefault(kind, (array("q"), array("q")))
             read, places = _order(s.index)
             columns.append([len(bases) + place for place in places])
-            bases.extend(_addresses(s.base, read))
-            tasks.extend(_addresses(s.task, read))
+            bases.extend(addresses(s.base, read))
+            tasks.extend(addresses(s.task, read))
         heads.add(columns, [[*matrices].index(kind) for kind in kinds], sum(kind.rows * kind.cols for kind in kinds),
                   sum(_row(kind, 0).tiles for kind in kinds))
     rows, tiles = [], 0
@@ -99,50 +98,6 @@ def flat_sums(layers: Sequence[Sequence[Any]], tau: float, every: bool) -> Sums:
     return t.run(stats, scans, tau, every)
 
 
-def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: bool) -> Sums:
-    """Both passes over W_h = q_h^T k_g v_g^T of layers of one shape, strides and dtypes."""
-    q, _, v = layers[0]
-    (d_k, d_model), d_v = q.base.shape[1:], v.base.shape[1]
-    bases, tasks, groups, products, heads = array("q"), array("q"), array("q"), ([], [], []), Heads()
-    tiles = -(-d_model // ROWS)
-    for q, k, v in layers:
-        pairs = {pair: i for i, pair in enumerate(dict.fromkeys(zip(k.index, v.index, strict=True)))}
-        first = sum(map(len, products[0]))
-        for out, product in zip(products, _group_products(k, v, list(pairs)), strict=True):
-            out.append(product)
-        groups.extend(first + pairs[pair] for pair in zip(k.index, v.index, strict=True))
-        heads.add([range(len(bases), len(bases) + len(q.index))], [0], d_model * d_v, tiles)
-        bases.extend(_addresses(q.base, q.index))
-        tasks.extend(_addresses(q.task, q.index))
-    count = len(bases)
-    t = Tables(heads, [KindRow(0, tiles, tiles, d_model * d_v, ROWS * d_v)], count * tiles, q.base.device,
-               bases, tasks, groups)
-    given = (*t.others, *(torch.cat(product).float() for product in products))
-    options = {
-        "BASE": triton_type(q.base.dtype), "TASK": triton_type(q.task.dtype), "D_K": d_k, "D_V": d_v,
-        "V_PAD": max(16, 1 << (d_v - 1).bit_length()), "ROWS": ROWS, "K_BLOCK": K_BLOCK,
-        # Three passes of the tensor cores come to float32's precision; AMD's have float32 of their own.
-        "PRECISION": "ieee" if torch.version.hip else "tf32x3", "enable_fp_fusion": True,
-        # Triton's own 3 stages take up to 200 KB of shared memory, more than most GPUs have. Past 128 columns two
-        # do too, and 4 warps spill registers; in pass B they do for fewer.
-        "num_stages": 1 if torch.version.hip or d_v > 128 else 2,
-    }
-    scalars, kernels = (d_model, q.base.stride(1), q.task.stride(1), 1 / tau), device_code("head_projection")
-    stats = partial(kernels.projection_stats_kernel[(count, tiles)], *given, t.stats, *scalars, ALL=every,
-                    num_warps=8 if d_v > 128 else 4, **options)
-    scan = partial(kernels.projection_scan_kernel[(count, SCANS)], *given, *t.of_scan(0), *scalars,
-                   num_warps=8, **options)
-    return t.run([stats], [scan], tau, every)
-
-
-def _group_products(k: Any, v: Any, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """M_B, M_T and dM = dk v_T^T + k_B dv^T of every group, float64 [groups, d_k, d_v]."""
-    k_base, k_task = (side[[p[0] for p in pairs]].double() for side in (k.base, k.task))
-    v_base, v_task = (side[[p[1] for p in pairs]].double() for side in (v.base, v.task))
-    return (k_base @ v_base.mT, k_task @ v_task.mT,
-            (k_task - k_base) @ v_task.mT + k_base @ (v_task - v_base).mT)
-
-
 @lru_cache(64)  # layers are alike
 def _order(index: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:
     """Each matrix once, in the order in which heads first read it; and the place there of what each head reads."""
@@ -150,7 +105,7 @@ def _order(index: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:
     return tuple(place), [place[matrix] for matrix in index]
 
 
-def _addresses(blocks: Tensor, index: Iterable[int]) -> list[int]:
+def addresses(blocks: Tensor, index: Iterable[int]) -> list[int]:
     start, step = blocks.data_ptr(), blocks.stride(0) * blocks.element_size()
     return [start + i * step for i in index]
 
