@@ -83,17 +83,18 @@ def _add(total, lost, x):
 
 
 @triton.jit
-def _load_rows(ptr, row, col, rows, cols, N: tl.constexpr, M: tl.constexpr):
-    """[N, M] weights of a matrix [rows, cols]; zeros outside."""
+def _load_rows(ptr, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    """[N, M] weights of a matrix [ROWS, COLS]; zeros outside."""
     row, col = (row + tl.arange(0, N)).to(tl.int64)[:, None], (col + tl.arange(0, M))[None, :]
-    return tl.load(ptr + row * cols + col, mask=(row < rows) & (col < cols), other=0.0)
+    return tl.load(ptr + row * COLS + col, mask=(row < ROWS) & (col < COLS), other=0.0)
 
 
 @triton.jit
 def group_products_kernel(
-    bases_ptr, tasks_ptr, products_ptr, d_model,
+    bases_ptr, tasks_ptr, products_ptr,
     BASE: tl.constexpr, TASK: tl.constexpr, ALIGN: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
-    K_PAD: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, D_BLOCK: tl.constexpr,
+    K_PAD: tl.constexpr, V_PAD: tl.constexpr, D_MODEL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, D_BLOCK: tl.constexpr,
 ):
     """M_B = k_B v_B^T and dM = dk v_T^T + k_B dv^T of a group, in pieces.
 
@@ -101,7 +102,7 @@ def group_products_kernel(
     so that a thread that holds columns 2 t and 2 t + 1 of every 8 of a product, as tensor cores give them, has
     neighbours: see `_halves_of_tiles`, which puts them in order.
 
-    Shapes     bases, tasks [groups, 2] int64: addresses of k [D_K, d_model] and v [D_V, d_model];
+    Shapes     bases, tasks [groups, 2] int64: addresses of k [D_K, D_MODEL] and v [D_V, D_MODEL];
                products [groups, 2, 3, K_PAD, V_PAD] bfloat16: pieces of M_B and of dM, zeros beyond D_K and D_V
     Dtypes     weights fp32/fp16/bf16; products of bfloat16 pieces accumulate in fp32
     Scalars    ALIGN divides all addresses
@@ -117,11 +118,11 @@ def group_products_kernel(
     vt_ptr = tl.multiple_of(tl.load(tasks_ptr + group * 2 + 1).to(tl.pointer_type(TASK)), ALIGN)
     zero = tl.zeros((ROWS, COLS), tl.float32)
     m, m_lost, dm, dm_lost = zero, zero, zero, zero
-    for d in range(0, d_model, D_BLOCK):
-        kb, kt = (_load_rows(kb_ptr, row, d, D_K, d_model, ROWS, D_BLOCK),
-                  _load_rows(kt_ptr, row, d, D_K, d_model, ROWS, D_BLOCK))
-        vb, vt = (_load_rows(vb_ptr, col, d, D_V, d_model, COLS, D_BLOCK),
-                  _load_rows(vt_ptr, col, d, D_V, d_model, COLS, D_BLOCK))
+    for d in range(0, D_MODEL, D_BLOCK):
+        kb, kt = (_load_rows(kb_ptr, row, d, D_K, D_MODEL, ROWS, D_BLOCK),
+                  _load_rows(kt_ptr, row, d, D_K, D_MODEL, ROWS, D_BLOCK))
+        vb, vt = (_load_rows(vb_ptr, col, d, D_V, D_MODEL, COLS, D_BLOCK),
+                  _load_rows(vt_ptr, col, d, D_V, D_MODEL, COLS, D_BLOCK))
         m, m_lost = _add(m, m_lost, _product(zero, _weights(kb), _transposed(_weights(vb)), (), ()))
         dm, dm_lost = _add(dm, dm_lost, _product(
             zero, _changes(kb, kt), _transposed(_weights(vt)), _weights(kb), _transposed(_changes(vb, vt))))

@@ -51,8 +51,8 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: b
              "K_PAD": k_pad, "V_PAD": v_pad, "num_stages": 1 if torch.version.hip else 2, "enable_fp_fusion": True}
     kernels, given = device_code("head_projection"), (*t.others[:3], products)
     blocks = -(-k_pad // of_form["ROWS"]) * (v_pad // of_form["COLS"])
-    form = partial(kernels.group_products_kernel[(len(products) * blocks,)], *t.others[3:], products, d_model,
-                   **shape, **of_form)
+    form = partial(kernels.group_products_kernel[(len(products) * blocks,)], *t.others[3:], products,
+                   **shape, **of_form, D_MODEL=d_model)
     stats = partial(kernels.projection_stats_kernel[(count * -(-tiles // runs),)], *given, t.stats, d_model, 1 / tau,
                     **shape, **of_stats, MASKED=d_v < v_pad or d_model % (runs * TILE_ROWS) > 0, ALL=every)
     scan = partial(kernels.projection_scan_kernel[(count, tables.SCANS)], *given, *t.of_scan(0), d_model, 1 / tau,
@@ -66,8 +66,8 @@ def _options(d_v: int, itemsize: int, device: torch.device) -> tuple[dict[str, i
     W, its change and a sum of products must fit the registers: nothing spills on any target (tests/compiled).
     """
     columns, hopper, half = _power_of_two(d_v), is_hopper(device), bool(torch.version.hip)  # of the warps: AMD's are wide
-    form = {"ROWS": 64, "D_BLOCK": 32, "num_warps": 8} if hopper else {"ROWS": 32, "D_BLOCK": 16, "num_warps": 4}
-    form["COLS"] = min(64, columns)
+    form = {"ROWS": 64, "COLS": min(64 if hopper else 32, columns), "D_BLOCK": 32 if hopper else 16,
+            "num_warps": 8 if hopper else 4}
     if hopper and columns <= 128 and itemsize == 2:  # four warps multiply 64 rows together
         wide = {"RUNS": 4, "num_warps": 4}
         return form, {**wide, "K_BLOCK": 32, "WIDTH": 2}, {**wide, "K_BLOCK": 16}
