@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alps_kernels.ops import Segment, head_delta, head_delta_projection
-from alps_kernels.ops.delta import tables
+from alps_kernels.ops.delta import projection, tables
 from alps_kernels.ops.launching import launching
 
 build = pytest.importorskip("triton.runtime.build")
@@ -121,9 +121,10 @@ def test_scoring_says_so(op, module, kernels, n, monkeypatch, tmp_path):
         def __getitem__(self, grid):
             return lambda *args, **constants: compile_c()
 
-    loaded, kernel = [], {f"{kernels}_{which}_kernel": Kernel() for which in ("stats", "scan")}
-    monkeypatch.setattr(tables, "device_code",
-                        lambda name: loaded.append(name) or SimpleNamespace(**kernel))
+    names = ("group_products_kernel", *(f"{kernels}_{which}_kernel" for which in ("stats", "scan")))
+    loaded, kernel = [], {name: Kernel() for name in names}
+    for host in (tables, projection):
+        monkeypatch.setattr(host, "device_code", lambda name: loaded.append(name) or SimpleNamespace(**kernel))
     without_compilers(monkeypatch, tmp_path)
     weights = torch.ones(2, 4, 16)
     with pytest.raises(RuntimeError, match="Triton cannot start a kernel"):
