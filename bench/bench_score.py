@@ -1,7 +1,7 @@
 """Scoring: ours beside the released algorithm, in one run on the same device and cores.
 
     python -m bench.bench_score [--shape NAME ...] [--layers N]
-    python -m bench.bench_score --tiles                  # sizes of tiles, and programs of a head (GPU)
+    python -m bench.bench_score --tiles                  # sizes of tiles and of programs (GPU)
     python -m bench.bench_score --pair BASE TASK         # share of tiles that are read twice, of two checkpoints
 
 The released algorithm: softmax in float32, then SciPy's wasserstein_distance over the element's
@@ -19,7 +19,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -38,9 +38,11 @@ from bench.timing import Timed, row_of, timed
 
 # No part of a face: sizes to choose by measurement, and sums that only a benchmark looks at.
 delta_op = inspect.getmodule(head_delta)
-tables = inspect.getmodule(delta_op.flat_sums)
+tables, projection = (inspect.getmodule(sums) for sums in (delta_op.flat_sums, delta_op.projection_sums))
 ALL = [m for m in METRICS if m != "pad_values"]
 FLAT_TILES, SCANS = (1024, 2048), (4, 8, 16)  # elements of a tile, programs of a head in the second pass
+# Of the first pass of `projection` on Hopper: rows of a program, rows of a group's products that it takes at a time.
+PROGRAMS = ((64, 32), (128, 32), (64, 16))
 
 
 def layer_of(shape: Shape, device: str, dtype: torch.dtype, seed: int) -> tuple[Segment, Segment, Segment]:
@@ -171,23 +173,41 @@ def run(shape: Shape, n_layers: int, n_released: int = 3) -> Iterator[dict]:
 
 
 def tiles(shape: Shape, n_layers: int, device: str, dtype: torch.dtype) -> Iterator[dict]:
-    """Rows of the kernels alone, `pad` of q/k/v, by elements of a tile and programs of a head in the second pass."""
-    layers = [layer_of(shape, device, dtype, seed) for seed in range(n_layers)]
+    """Rows of the kernels alone, `pad`: of `projection` by size of a program of the first pass, on Hopper; of q/k/v
+    by elements of a tile and programs of a head in the second pass."""
+    layers, own = [layer_of(shape, device, dtype, seed) for seed in range(n_layers)], projection._options
 
-    def call() -> dict[str, Tensor]:
-        return head_delta(layers, ["pad"], backend="triton")
+    def program(rows: int, k_block: int) -> dict:
+        def options(*given) -> tuple[dict[str, int], ...]:
+            form, stats, scan = own(*given)
+            # four warps multiply 64 rows together
+            sizes = {"RUNS": rows // projection.TILE_ROWS, "K_BLOCK": k_block, "num_warps": rows // 16}
+            return form, stats | sizes, scan
 
-    def kernels(tile: int, scans: int) -> Timed:
-        with mock.patch.object(tables, "FLAT_TILE", tile), mock.patch.object(tables, "SCANS", scans):
-            off = float((call()["pad"] / expected - 1).abs().max())
-            gate(f"pad with tiles of {tile} and {scans} programs, {shape.name}", off < 1e-6, f"off by {off:.1e}")
-            return alone(call)
+        return {"_options": options}
 
-    expected = call()["pad"]
-    builders = {f"tiles of {tile}, {scans} programs of a head, kernels alone": partial(kernels, tile, scans)
-                for tile, scans in product(FLAT_TILES, SCANS)}
-    case = f"{shape.name} pad of q/k/v by tile, {n_layers} of {shape.layers} layers, {str(dtype)[6:]}"
-    return timing.timed_rows(case, builders, repeats=5)
+    def pad(function: Callable) -> Tensor:
+        return function(layers, ["pad"], backend="triton")["pad"]
+
+    as_is = cache(pad)
+
+    def kernels(function: Callable, name: str, module: object, sizes: dict) -> Timed:
+        expected = as_is(function)
+        with mock.patch.multiple(module, **sizes):
+            off = float((pad(function) / expected - 1).abs().max())
+            gate(f"pad, {name}, {shape.name}", off < 1e-6, f"off by {off:.1e}")
+            return alone(partial(pad, function))
+
+    of_projection = {f"{rows} rows and {k_block} of d_k": (head_delta_projection, projection, program(rows, k_block))
+                     for rows, k_block in PROGRAMS if projection.is_hopper(torch.device(device))}
+    of_stored = {
+        f"tiles of {tile}, {scans} programs of a head": (head_delta, tables, {"FLAT_TILE": tile, "SCANS": scans})
+        for tile, scans in product(FLAT_TILES, SCANS)}
+    for named, found in (("projection by program", of_projection), ("q/k/v by tile", of_stored)):
+        builders = {f"{name}, kernels alone": partial(kernels, function, name, module, sizes)
+                    for name, (function, module, sizes) in found.items()}
+        case = f"{shape.name} pad of {named}, {n_layers} of {shape.layers} layers, {str(dtype)[6:]}"
+        yield from timing.timed_rows(case, builders, repeats=5)
 
 
 def listed(base: object, task: object, **options: object) -> tuple[Tensor, Tensor]:
@@ -213,10 +233,10 @@ def listed(base: object, task: object, **options: object) -> tuple[Tensor, Tenso
         return sum(tables._row(tables._kind(s), 0).tiles for s in layer)
 
     def of_product(layer: tuple) -> int:
-        return -(-layer[0].base.shape[2] // tables.ROWS)
+        return -(-layer[0].base.shape[2] // projection.TILE_ROWS)
 
     with (mock.patch.object(delta_op, "flat_sums", noting(tables.flat_sums, stored)),
-          mock.patch.object(delta_op, "projection_sums", noting(tables.projection_sums, of_product)),
+          mock.patch.object(delta_op, "projection_sums", noting(projection.projection_sums, of_product)),
           mock.patch.object(delta_op, "runs_kernels", lambda tensor: True)):
         scores = score_heads(base, task, **options)
     return torch.cat(shares), scores.tensor
@@ -244,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shape", nargs="*", choices=SHAPES, default=["Llama-3.1-8B", "SmolLM2-135M"] if cuda else [
         "SmolLM2-135M", "Llama-3.1-8B"])
     parser.add_argument("--layers", type=int, help="default: all on a GPU, 3 on a CPU; with --pair: all")
-    parser.add_argument("--tiles", action="store_true", help="the kernels of Llama-3.1-8B by size of tile")
+    parser.add_argument("--tiles", action="store_true", help="the kernels of Llama-3.1-8B by sizes of tiles and of programs")
     parser.add_argument("--pair", nargs=2, type=Path, metavar=("BASE", "TASK"), help="two checkpoint folders")
     options = parser.parse_args(argv)
     if options.pair:

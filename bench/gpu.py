@@ -84,14 +84,14 @@ STAGES = (
     *FIRST,
     bench("adamw", 25, "--dtype", "float32", "--ratio", "0.1", stage="adamw-fp32"),
     Stage("tests-more", (*PYTEST, "--durations", "10", "-k", "not sanitizer"), 71),
-    bench("adamw", 35, "--ratio", "1.0", "0.01", "0.3", stage="adamw-more"),
+    bench("adamw", 30, "--ratio", "1.0", "0.01", "0.3", stage="adamw-more"),
     bench("dw", 20, "--ratio", "0.1", "1.0", "0.3"),
-    bench("step", 34),
+    bench("step", 29),
     sanitizer("memcheck", 42),
     # Of shared memory, which the norm, scores and 8-bit moments use.
     sanitizer("racecheck", 19, "sanitizer and (clipping or scores or 8_bit)"),
     sanitizer("initcheck", 19, "sanitizer and dtype1"),  # mostly bfloat16, in pytest's names
-    bench("score", 20, "--tiles", stage="score-tiles"),
+    bench("score", 30, "--tiles", stage="score-tiles"),
     Stage("report", (sys.executable, "-m", "bench.report"), 15),
 )
 

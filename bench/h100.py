@@ -1,7 +1,7 @@
 """One H100 in numbers, the arithmetic of a prediction, and the cells that put what was measured beside it.
 
-Of the constants some were measured on such a card, some are read off compiled code, some are datasheet figures, and one
-is assumed: each says which.
+Of the constants some were measured on such a card, some are read off compiled code, some are datasheet figures, and two
+are assumed: each says which.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from bench.shapes import Shape
 
 # NVIDIA's datasheet figure of an H100 SXM; a device-to-device copy and an 8192^3 bf16 product measured on one.
 DATASHEET, COPY, PRODUCTS = 3.35e12, 3.0e12, 798e12
-TF32, FP64 = 495e12, 67e12  # datasheet, on tensor cores, dense
+SMALL_PRODUCTS = 590e12  # FLOP/s of 16-bit products of 64 rows on tensor cores: an assumption, not measured
 L2 = 5.5e12  # bytes/s that SMs read from L2: an assumption, not measured on the card
 SMS, CLOCK, ISSUES = 132, 1.755e9, 4  # datasheet: SMs, Hz, and instructions that an SM issues a clock
 THREADS, REGISTERS = 128, 65536  # of a program; of an SM

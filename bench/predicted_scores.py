@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from bench.h100 import (
-    CLOCK, COPY, FP64, ISSUES, L2, LAUNCH, MEASURED, SMS, TF32, compared, header, on_gpu, paragraph, whole,
+    CLOCK, COPY, ISSUES, L2, LAUNCH, MEASURED, SMALL_PRODUCTS, SMS, compared, header, on_gpu, paragraph, whole,
 )
 from bench.shapes import SHAPES, Shape
 
@@ -14,8 +16,12 @@ TILE, STATISTICS = 2048, 72  # pairs of a tile of stored weights; bytes of its r
 # head; of W's tiles that of the same pair (bench/results/score.csv).
 LISTED, LISTED_SMALL, LISTED_PROJECTION = 0.12, 0.42, 0.32
 HOST = 2.5  # ms, `python -m tests.scoring.host_time`
-ROWS, K_BLOCK = 16, 16  # of W that a program of `projection` forms, of d_k that it takes at a time
-PASSES64 = 18  # passes over k or v in float64 that the products before `projection` take, by its lines
+# `projection` on Hopper. Of W: rows of a tile and of a program, instructions for an element of the first pass (see
+# above). Of group products: rows and columns of a program, the part of d that it takes at a time, its warps, and the
+# instructions of each for that part.
+TILE_ROWS, ROWS, FORMED = 16, 64, {"pad": 51.8, "all metrics": 64.9}
+BLOCK, D_BLOCK, WARPS, ROUND = 64, 32, 4, 634
+PIECES, WEIGHT, CHANGE = 3, 1, 2  # bfloat16 pieces of a product, of a bf16 weight, of a difference of two
 
 
 def issued(pairs: float, instructions: float) -> float:
@@ -73,31 +79,84 @@ def scores(rows: list[dict[str, str]]) -> list[str]:
     return [*lines, ""]
 
 
+class Bounds(NamedTuple):
+    """Seconds of a kernel if nothing but its FLOPs, reads from L2, reads of memory or instructions counted."""
+
+    FLOPs: float
+    L2: float
+    memory: float
+    instructions: float
+
+
+def of_pieces(left: int, right: int) -> int:
+    """Products of bf16 pieces that a product of so many takes: of pieces i and j if i + j < PIECES."""
+    return sum(i + j < PIECES for i in range(left) for j in range(right))
+
+
+def group_products(shape: Shape) -> Bounds:
+    """M_B = k_B v_B^T and dM = dk v_T^T + k_B dv^T of every group, in blocks of BLOCK x BLOCK."""
+    groups, d, size = shape.layers * shape.groups, shape.hidden, shape.head_dim
+    products = of_pieces(WEIGHT, WEIGHT) + of_pieces(CHANGE, WEIGHT) + of_pieces(WEIGHT, CHANGE)
+    programs = groups * (size // BLOCK) ** 2
+    stored = groups * 2 * PIECES * size * size * 2
+    rounds = -(-programs // SMS) * -(-d // D_BLOCK)  # of the SM that has most programs
+    return Bounds(groups * products * 2 * d * size * size / SMALL_PRODUCTS, programs * 2 * BLOCK * d * 2 * 2 / L2,
+                  (groups * 2 * size * d * 2 * 2 + stored) / COPY, rounds * WARPS * ROUND / (ISSUES * CLOCK))
+
+
+def formed(shape: Shape, metrics: str) -> Bounds:
+    """W_h = q_B^T M_B and its change dq^T M_B + q_T^T dM of every head, ROWS rows a program."""
+    heads, d, size = shape.layers * shape.heads, shape.hidden, shape.head_dim
+    products = of_pieces(WEIGHT, PIECES) + of_pieces(CHANGE, PIECES) + of_pieces(WEIGHT, PIECES)
+    q = heads * 2 * size * d * 2
+    pieces = heads * -(-d // ROWS) * 2 * PIECES * size * size * 2
+    return Bounds(heads * products * 2 * d * size * size / SMALL_PRODUCTS, (pieces + q) / L2, q / COPY,
+                  issued(heads * d * size, FORMED[metrics]))
+
+
+def projection_ms(shape: Shape, metrics: str, overlapped: bool) -> float:
+    """Milliseconds of the four kernels: the largest bound of each; not overlapped: instructions behind the others."""
+    tiles = shape.layers * shape.heads * -(-shape.hidden // TILE_ROWS)
+    groups, first = (max(bounds) if overlapped else max(bounds[:3]) + bounds.instructions
+                     for bounds in (group_products(shape), formed(shape, metrics)))
+    statistics = STATISTICS * tiles * (1 / COPY + 2 / L2)
+    return (groups + first * (1 + LISTED_PROJECTION) + statistics + 4 * LAUNCH) * 1e3
+
+
 def projections(rows: list[dict[str, str]]) -> list[str]:
-    """W_h = q_h^T k_g v_g^T in tiles of ROWS rows, all of them formed once, those that are listed twice."""
+    """W_h = q_h^T k_g v_g^T: group products, all tiles of W once, those that are listed twice."""
+    goal = SHAPES["Llama-3.1-8B"]
+    ms = {(metrics, overlapped): f"{projection_ms(goal, metrics, overlapped):.1f}"
+          for metrics in FORMED for overlapped in (True, False)}
+    flops, l2, *_ = (f"{seconds * 1e3:.1f}" for seconds in formed(goal, "pad"))
     lines = paragraph(f"""
-        **Scoring `projection`** of a bf16 pair. A program forms {ROWS} rows of one head's W, [d, d_v], and of its
-        change: three products of 2 x {ROWS} x d_k x d_v FLOPs, each three times on tensor cores (tf32x3), in blocks
-        of {K_BLOCK} of d_k. It reads 3 x d_k x d_v x 4 bytes of products k v^T, which lie in L2, and {ROWS} rows of q
-        of both models. Every tile is formed once, and {LISTED_PROJECTION:.0%} of them a second time (the share of
-        SmolLM2-135M and a task model of it). ms of kernels: the largest of the three, the statistics, and three launches. Before it come
-        the products themselves, in float64: four products a group, and some {PASSES64} passes over k or v in float64,
-        whose time is the larger. Measured: kernels alone; `score_heads` with its defaults, which has those products
-        and the host's time too.""")
-    lines += header("model", "TFLOP tf32", "ms of FLOPs", "GB of L2", "ms of L2", "GB of q", "ms of q", "ms of kernels",
-                    MEASURED, "ms of products", "ms `score_heads` measured")
+        **Scoring `projection`** of a bf16 pair, four kernels; all but the models' names are ms. Group products: 5
+        products of bfloat16 pieces (1 for M_B, 4 for dM) of 2 x d_k x d x d_v FLOPs a group. A program forms a block of
+        {BLOCK} x {BLOCK}; it reads its rows of k and v of both models from L2, and issues {ROUND} instructions in each
+        of {WARPS} warps for every {D_BLOCK} of d. First pass: 11 products of pieces (3 for W, 8 for its change) of
+        2 x d x d_k x d_v FLOPs a head. A program forms {ROWS} rows; it reads 2 x {PIECES} x d_k x d_v pieces of 2 bytes
+        and its part of q of both models from L2, and issues {FORMED["pad"]} instructions for an element of W for
+        `pad`, {FORMED["all metrics"]} for all metrics. Memory: one read of k, v and q of both models. Instructions
+        are those of code compiled for sm_90, d_k = d_v = 128. Then the statistics, {STATISTICS} bytes for a tile of
+        {TILE_ROWS} rows, as above; and the second pass, which takes {LISTED_PROJECTION:.0%} of the first: so many
+        tiles of SmolLM2-135M and a task model of it were listed (`bench/results/score.csv`), and {ROWS} rows of
+        listed tiles are one product, wherever they lie. Four launches. Kernels: of each kernel the largest of its
+        times, which is right if everything overlaps. In turn: instructions behind the largest of the others; an SM
+        has two programs of the first pass, and one may issue while the other multiplies. The goal for Llama-3.1-8B
+        is 5 ms. The prediction is {ms["pad", True]} ms for `pad` and {ms["all metrics", True]} for all metrics, in
+        turn {ms["pad", False]} and {ms["all metrics", False]}. Reads from L2 bound the first pass ({l2} ms), and
+        FLOPs are close ({flops}); {2 * ROWS} rows a program would halve the reads of pieces, and
+        `python -m bench.bench_score --tiles` measures both. Call: four launches more, as above. Measured: kernels
+        alone; `score_heads` with its defaults, which has the host's time too.""")
+    lines += header("model", *(f"groups, {bound}" for bound in Bounds._fields),
+                    *(f"first pass, {bound}" for bound in Bounds._fields), "instructions, all metrics",
+                    "kernels", MEASURED, "in turn", "call", "`score_heads` measured")
     for shape in SHAPES.values():
-        heads, d, size = shape.layers * shape.heads, shape.hidden, shape.head_dim
-        groups, tiles = shape.layers * shape.groups, heads * -(-d // ROWS)
-        formed = 1 + LISTED_PROJECTION
-        flop = formed * tiles * 3 * 3 * 2 * ROWS * size * size
-        l2, q = formed * tiles * 3 * size * size * 4, formed * 2 * heads * size * d * 2
-        statistics = STATISTICS * tiles * (1 / COPY + 2 / L2)
-        ms = (max(flop / TF32, l2 / L2, q / COPY) + statistics + 3 * LAUNCH) * 1e3
-        products = max(4 * groups * 2 * size * d * size / FP64, PASSES64 * groups * size * d * 8 / COPY) * 1e3
+        bounds = *group_products(shape), *formed(shape, "pad"), formed(shape, "all metrics").instructions
+        kernels = projection_ms(shape, "pad", True)
         found = on_gpu(rows, "alps_kernels pad projection, kernels alone", shape.name, whole(shape))
-        lines.append(f"| {shape.name} | {flop / 1e12:.2f} | {flop / TF32 * 1e3:.2f} | {l2 / 1e9:.1f} "
-                     f"| {l2 / L2 * 1e3:.2f} | {q / 1e9:.2f} | {q / COPY * 1e3:.2f} | {ms:.2f} "
-                     f"| {compared(ms, found, ('projection', shape.name, ''))} | {products:.2f} "
+        lines.append(f"| {shape.name} | {' | '.join(f'{seconds * 1e3:.3f}' for seconds in bounds)} | {kernels:.3f} "
+                     f"| {compared(kernels, found, ('projection', shape.name, ''))} "
+                     f"| {projection_ms(shape, 'pad', False):.3f} | {kernels + 4 * LAUNCH * 1e3:.3f} "
                      f"| {on_gpu(rows, 'score_heads, defaults', shape.name, whole(shape))} |")
     return [*lines, ""]

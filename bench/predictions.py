@@ -6,7 +6,7 @@ Every figure of these tables but the measured columns is arithmetic on the const
 from __future__ import annotations
 
 from bench.h100 import (
-    CLOCK, COPY, DATASHEET, FAR, FP64, ISSUES, L2, LAUNCH, PRODUCTS, SMS, TF32, header, on_gpu, paragraph,
+    CLOCK, COPY, DATASHEET, FAR, ISSUES, L2, LAUNCH, PRODUCTS, SMALL_PRODUCTS, SMS, header, on_gpu, paragraph,
 )
 from bench.predicted_scores import projections, scores
 from bench.predicted_step import clipped, hosts, norms, steps, targets
@@ -25,9 +25,8 @@ def predicted(rows: list[dict[str, str]], counted: list[dict[str, str]]) -> list
         *paragraph(f"""
             Constants, none of them measured here: {COPY / 1e12} TB/s, what others found a device-to-device copy to reach
             on such a card ({DATASHEET / 1e12} on the datasheet); products at {PRODUCTS / 1e12:.0f} TFLOP/s, their 8192 x
-            8192 x 8192 bf16 product; tf32
-            {TF32 / 1e12:.0f} and float64 {FP64 / 1e12:.0f} TFLOP/s on tensor cores, from the datasheet; {L2 / 1e12}
-            TB/s from L2, assumed; {SMS} SMs that issue {ISSUES} instructions a clock at {CLOCK / 1e9} GHz;
+            8192 x 8192 bf16 product; those of 64 rows at {SMALL_PRODUCTS / 1e12:.0f} TFLOP/s, assumed; {L2 / 1e12} TB/s
+            from L2, assumed; {SMS} SMs that issue {ISSUES} instructions a clock at {CLOCK / 1e9} GHz;
             {LAUNCH * 1e6:.0f} us from one kernel to the next."""),
         *targets(rows), *steps(rows), *norms(rows), *clipped(), *hosts(rows), *scores(rows), *projections(rows),
         *gradients(rows), *memory(rows, counted)]

@@ -1,7 +1,7 @@
 """Both passes of `head_delta` over W_h = q_h^T M_g with M_g = k_g v_g^T, formed in registers and never stored.
 
 Products run on tensor cores, which multiply bfloat16: a float32 is a sum of three of them, its pieces, and a product
-is that of all pairs of pieces but those below 2^-24 of it. The cores may cut off what they add (to 24 bits), so that
+is that of all pairs of pieces but those below 2^-22 of it. The cores may cut off what they add (to 24 bits), so that
 each block of the inner dimension has a sum of its own, its smallest products first.
 """
 

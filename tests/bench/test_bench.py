@@ -7,7 +7,7 @@ import torch
 
 from bench import (
     __main__ as bench_main, attention, baselines, bench_adamw, bench_dw, bench_grad_norm, common, h100,
-    predicted_step, predictions, report, timing,
+    predicted_scores, predicted_step, predictions, report, timing,
 )
 from bench.shapes import RATIOS, SHAPES, Shape, heads_of
 
@@ -99,6 +99,34 @@ def test_the_step_s_constants_are_those_of_its_plan():
     assert (predicted_step.TILE, predicted_step.TABLE) == (tables.TILE, 8 * len(tables.Tile._fields))
     assert (predicted_step.STEP_TILES, predicted_step.NORM_TILES) == (plan.TILES, plan.NORM_TILES)
     assert h100.THREADS == 32 * plan.WARPS[True]
+
+
+def test_the_projection_s_constants_are_those_of_its_launches(monkeypatch):
+    from alps_kernels.ops.delta import projection
+
+    monkeypatch.setattr(projection, "is_hopper", lambda device: True)
+    form, *passes = projection._options(128, (torch.bfloat16,), torch.device("cpu"))
+    block, tile = predicted_scores.BLOCK, predicted_scores.TILE_ROWS
+    expected = {"ROWS": block, "COLS": block, "D_BLOCK": predicted_scores.D_BLOCK, "num_warps": predicted_scores.WARPS}
+    assert form == expected and {tile * sizes["RUNS"] for sizes in passes} == {predicted_scores.ROWS}
+    assert (tile, predicted_scores.PIECES) == (projection.TILE_ROWS, projection.PIECES)
+
+
+def test_the_projection_s_bounds_of_one_small_layer():
+    shape, formed = Shape("one", 1, 128, 2, 1, 64), predicted_scores.formed
+    groups, first = predicted_scores.group_products(shape), formed(shape, "pad")
+    assert groups.FLOPs == pytest.approx(5 * 2 * 64 * 128 * 64 / 590e12)
+    assert groups.L2 == pytest.approx((64 + 64) * 128 * 4 / 5.5e12)
+    assert groups.memory == pytest.approx(((64 + 64) * 128 * 4 + 6 * 64 * 64 * 2) / 3e12)
+    # one SM has all: four parts of d
+    assert groups.instructions == pytest.approx(4 * predicted_scores.WARPS * predicted_scores.ROUND / (4 * 1.755e9))
+    assert first.FLOPs == pytest.approx(11 * 2 * 2 * 128 * 64 * 64 / 590e12)
+    # two heads of two programs, which read six pieces each, and q of two models
+    assert first.L2 == pytest.approx((2 * 2 * 6 * 64 * 64 * 2 + 2 * 2 * 64 * 128 * 2) / 5.5e12)
+    assert first.memory == pytest.approx(2 * 2 * 64 * 128 * 2 / 3e12)
+    assert first.instructions / formed(shape, "all metrics").instructions == pytest.approx(51.8 / 64.9)
+    ms, tiles = predicted_scores.projection_ms(shape, "pad", True), 2 * 128 // 16
+    assert ms == pytest.approx(1e3 * (max(groups) + 1.32 * max(first) + 72 * tiles * (1 / 3e12 + 2 / 5.5e12) + 12e-6))
 
 
 def test_calls_run_in_turns_and_one_that_cannot_says_why():

@@ -201,7 +201,7 @@ SCORED = """
 import gc, torch
 from functools import partial
 from alps_kernels.ops import head_delta, head_delta_projection
-from alps_kernels.ops.delta import tables
+from alps_kernels.ops.delta import projection, tables
 from bench import bench_score
 from bench.kernels import launches_of
 from bench.shapes import Shape
@@ -212,10 +212,11 @@ shape = Shape("tiny", 1, 128, 2, 1, 32)
 given = [bench_score.layer_of(shape, "cpu", torch.float32, 0)]
 for score, names in ((head_delta, ["head_delta_stats_kernel", "list_tiles_kernel", "head_delta_scan_kernel"]),
                      (head_delta_projection,
-                      ["projection_stats_kernel", "list_tiles_kernel", "projection_scan_kernel"])):
+                      ["group_products_kernel", "projection_stats_kernel", "list_tiles_kernel",
+                       "projection_scan_kernel"])):
     found = launches_of(partial(score, given, ["pad"], backend="triton"))
     assert [launch.kernel.__name__ for launch in found] == names, found
-    sums = found[1].args[-2]
+    sums = found[-2].args[-2]
     first = sums.sum(0)
     for column in ("steps", "listed"):
         assert first[:, tables.SumRow._fields.index(column)].min() > 0, column
@@ -227,19 +228,31 @@ for score, names in ((head_delta, ["head_delta_stats_kernel", "list_tiles_kernel
 
 seen = []
 def noting(call):
-    stats, _, scan = launches_of(call)
-    seen.append((stats.options["TILE"], scan.options["grid"]))
+    *_, stats, _, scan = launches_of(call)
+    sizes = [stats.options.get(name) for name in ("TILE", "RUNS", "K_BLOCK", "num_warps")]
+    seen.append((*sizes, stats.options["grid"][0], scan.options["grid"][1]))
     return Timed(lambda: None)
 
+def rows_of_tiles():
+    seen.clear()
+    rows = list(bench_score.tiles(shape, 1, "cpu", torch.float32))
+    assert all("median_ms" in row for row in rows), rows
+    return [row["rival"].removesuffix(", kernels alone") for row in rows]
+
 bench_score.alone = noting
-sizes = [(tile, scans) for tile in (1024, 2048) for scans in (4, 8, 16)]
-rows = list(bench_score.tiles(shape, 1, "cpu", torch.float32))
-assert [row["rival"] for row in rows] == [
-    f"tiles of {tile}, {scans} programs of a head, kernels alone" for tile, scans in sizes], rows
-assert all("median_ms" in row for row in rows) and seen == [(tile, (2, scans)) for tile, scans in sizes], (rows, seen)
-assert (tables.FLAT_TILE, tables.SCANS) == (2048, 2)
-shares, _ = bench_score.listed(*bench_score.models(shape, 1, "cpu", torch.float32), representation="qkv")
-assert shares.shape == (2,) and 2 / 6 <= shares.min() <= shares.max() <= 1, shares  # the first and the last, of six
+bench_score.FLAT_TILES, bench_score.SCANS = (1024,), (4, 8)
+names, own = rows_of_tiles(), projection._options
+assert names == [f"tiles of 1024, {scans} programs of a head" for scans in (4, 8)], names
+assert [(tile, scans) for tile, *_, scans in seen] == [(1024, 4), (1024, 8)], seen
+projection.is_hopper, bench_score.FLAT_TILES = lambda device: True, ()
+assert rows_of_tiles() == ["64 rows and 32 of d_k", "128 rows and 32 of d_k", "64 rows and 16 of d_k"]
+assert seen == [(None, 4, 32, 4, 4, 2), (None, 8, 32, 8, 2, 2), (None, 4, 16, 4, 4, 2)], seen
+assert (tables.FLAT_TILE, tables.SCANS, projection._options) == (2048, 2, own)
+models = bench_score.models(shape, 1, "cpu", torch.float32)
+for representation, count in (("qkv", 6), ("projection", 128 // 16)):
+    shares, _ = bench_score.listed(*models, representation=representation)
+    tiles = shares * count  # the first and the last are always listed
+    assert shares.shape == (2,) and torch.equal(tiles, tiles.round()) and tiles.min() >= 2 and shares.max() <= 1, shares
 """
 
 

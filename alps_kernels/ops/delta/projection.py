@@ -44,7 +44,7 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: b
         count += len(q.index)
     t = Tables(heads, [KindRow(0, tiles, tiles, d_model * d_v, TILE_ROWS * d_v)], count * tiles, device,
                *qs, of_group, *groups)
-    of_form, of_stats, of_scan = _options(d_v, max(dtype.itemsize for dtype in dtypes), device)
+    of_form, of_stats, of_scan = _options(d_v, dtypes, device)
     k_pad, v_pad, runs = -(-d_k // of_stats["K_BLOCK"]) * of_stats["K_BLOCK"], _power_of_two(d_v), of_stats["RUNS"]
     products = torch.empty(len(groups[0]) // 2, 2, PIECES, k_pad, v_pad, dtype=torch.bfloat16, device=device)
     shape = {"BASE": triton_type(dtypes[0]), "TASK": triton_type(dtypes[1]), "ALIGN": align, "D_K": d_k, "D_V": d_v,
@@ -60,18 +60,19 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: b
     return t.run([form, stats], [scan], tau, every)
 
 
-def _options(d_v: int, itemsize: int, device: torch.device) -> tuple[dict[str, int], ...]:
+def _options(d_v: int, dtypes: Sequence[torch.dtype], device: torch.device) -> tuple[dict[str, int], ...]:
     """Sizes and warps of programs: of group products, of pass A and of pass B.
 
     W, its change and a sum of products must fit the registers: nothing spills on any target (tests/compiled).
     """
     columns, hopper, half = _power_of_two(d_v), is_hopper(device), bool(torch.version.hip)  # of the warps: AMD's are wide
-    form = {"ROWS": 64, "COLS": min(64 if hopper else 32, columns), "D_BLOCK": 32 if hopper else 16,
-            "num_warps": 8 if hopper else 4}
-    if hopper and columns <= 128 and itemsize == 2:  # four warps multiply 64 rows together
+    size = max(dtype.itemsize for dtype in dtypes)
+    form = {"ROWS": 64, "COLS": min(64 if hopper else 32, columns), "num_warps": 4,
+            "D_BLOCK": 32 if hopper and set(dtypes) == {torch.bfloat16} else 16}
+    if hopper and columns <= 128 and size == 2:  # four warps multiply 64 rows together
         wide = {"RUNS": 4, "num_warps": 4}
         return form, {**wide, "K_BLOCK": 32, "WIDTH": 2}, {**wide, "K_BLOCK": 16}
-    runs, warps = max(1, min(64, 16384 // itemsize // columns) // TILE_ROWS), (4 if columns <= 64 else 8) >> half
+    runs, warps = max(1, min(64, 16384 // size // columns) // TILE_ROWS), (4 if columns <= 64 else 8) >> half
     return (form, {"RUNS": runs, "K_BLOCK": 16, "WIDTH": 4, "num_warps": warps},
             {"RUNS": max(1, runs // 2), "K_BLOCK": 16, "num_warps": warps})  # listed tiles come in small numbers
 
