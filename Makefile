@@ -30,12 +30,13 @@ test: $(SETUP)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted -m "not slow" -n 2 --dist loadfile
 
 # The kernel tests as compiled code, in the emulator of PTX whose folder PTXEMU names, and what only it can see; about
-# 6 minutes. Without the faults that are planted for the interpreter, and without the tests of Triton's interpreter.
+# 6 minutes. Without the faults that are planted for the interpreter, the tests of Triton's interpreter, and those of
+# `projection`, of which tests/emulated has its own: each would be compiled anew.
 emulate: $(SETUP)
 	@test -d "$(PTXEMU)" || { echo "PTXEMU names no folder: make emulate PTXEMU=folder/of/the/emulator"; exit 2; }
 	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 PYTHONPATH=.:$(PTXEMU) \
 	  $(BIN)/python -m pytest -p ptxplugin --noconftest -o addopts= -m "not slow" -n 2 --dist loadfile tests/interpreted \
-	  --ignore-glob="*_faults.py" --ignore=tests/interpreted/test_interpreter.py tests/emulated
+	  --ignore-glob="*_faults.py" --ignore-glob="*_projection_kernel.py" --ignore=tests/interpreted/test_interpreter.py tests/emulated
 
 # The faults that are tried, in one process, and docs/reliability.md from that run.
 reliability: $(SETUP)

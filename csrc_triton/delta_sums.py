@@ -130,10 +130,9 @@ def _weigh(eight, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.constexpr, EXACT:
     b, d, there = eight
     e, u = exp_of(b, there, inv_tau, MASKED), expm1_less(d, 0.0, inv_tau, EXACT)
     a = e * u
-    left, right = (d,), (d,)
+    left, right, added = (), (), ()
     if ALL:
-        left, right = (d, b, b, a, a * u, a * u, e, e, a), (d, b, d, u, u, u * u, e, a, a)
-    added = ()
+        left, right = (b, b, a, a * u, a * u, e, e, a), (b, d, u, u, u * u, e, a, a)
     for i in tl.static_range(len(sums)):
         added = added + (_add_products(sums[i], left[i], right[i]),)
     e, a = _prefix_sums(e), _prefix_sums(a)
@@ -141,6 +140,18 @@ def _weigh(eight, inv_tau, sums, MASKED: tl.constexpr, ALL: tl.constexpr, EXACT:
     for i in tl.static_range(1, 8):
         e_line, a_line, most = e_line + e[i], a_line + a[i], tl.maximum(most, tl.abs(a[i]))
     return e[7], a[7], e_line, a_line, most, added
+
+
+@triton.jit
+def add_squares(squares, left, right):
+    """squares + d^2 of 16 neighbours of each lane, of neighbours together down to as many as `squares` has."""
+    return _add_products(_add_products(squares, left[1], left[1]), right[1], right[1])
+
+
+@triton.jit
+def farthest(squares, inv_tau, RUNS: tl.constexpr):
+    """A bound of abs(d) / tau of each tile."""
+    return tl.sqrt(max_lanes(tl.max(squares, axis=1), RUNS)) * inv_tau
 
 
 @triton.jit
@@ -166,7 +177,7 @@ def _in_two(x, RUNS: tl.constexpr):
 
 
 @triton.jit
-def store_stats(out, stored, pieces, sums, inv_tau, RUNS: tl.constexpr):
+def store_stats(out, stored, pieces, squares, sums, inv_tau, RUNS: tl.constexpr):
     """Write the rows of `stats` that are `stored`, from pieces in their order; returns their `far`.
 
         e, its rest, moved, its rest: sums of e and of e u, the last E_n and A_n of the prefix sums E_i and A_i
@@ -186,7 +197,7 @@ def store_stats(out, stored, pieces, sums, inv_tau, RUNS: tl.constexpr):
         ahead = to_lanes(before, top.shape[0], RUNS) + _ahead(x, RUNS)
         bridge = tl.maximum(bridge, tl.fma(tl.abs(slope), e, tl.abs(ahead) + most))
         before += sum_lanes(x, RUNS)
-    far = tl.sqrt(max_lanes(tl.max(sums[0], axis=1), RUNS)) * inv_tau
+    far, sums = farthest(squares, inv_tau, RUNS), (squares,) + sums
     row = (e_n, e_rest, a_n, a_rest, sum_lanes(total[2], RUNS), sum_lanes(total[3], RUNS), max_lanes(bridge, RUNS),
            max_lanes(top, RUNS), far)
     for i in tl.static_range(len(sums)):

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .delta_heads import SUM_FIELDS, load_head, load_listed, store_sums
 from .delta_sums import (
-    STAT_FIELDS, add_each, each, first_and_second, lanes, largest, scan, scanned, store_stats, to_lanes, weigh, zeros,
+    STAT_FIELDS, add_each, add_squares, each, first_and_second, lanes, largest, scan, scanned, store_stats, to_lanes, weigh, zeros,
 )
 from .series import TAYLOR
 
@@ -47,13 +47,14 @@ def _sixteen(tiles, chunk, lane, RUNS: tl.constexpr, FLAT: tl.constexpr):
 @triton.jit
 def _store_stats(out, tiles, lane, inv_tau, TILE: tl.constexpr, RUNS: tl.constexpr, FLAT: tl.constexpr,
                  ALL: tl.constexpr, EXACT: tl.constexpr):
-    sums, pieces, n = zeros(9 if ALL else 1, lane.shape[0], 4), (), tiles[2]
+    squares, sums = zeros(1, lane.shape[0], 4)[0], zeros(8 if ALL else 0, lane.shape[0], 4)
+    pieces, n = (), tiles[2]
     for chunk in tl.static_range(0, TILE, lane.shape[0] // RUNS * 16):
         left, right = _sixteen(tiles, chunk, lane, RUNS, FLAT)
         behind = (TILE if FLAT else to_lanes(n, lane.shape[0], RUNS)) - 16 - chunk - lane * 16
         piece, sums = weigh(left, right, behind, inv_tau, sums, not FLAT, ALL, EXACT)
-        pieces = pieces + (piece,)
-    return store_stats(out, n > 0, pieces, sums, inv_tau, RUNS)
+        pieces, squares = pieces + (piece,), add_squares(squares, left, right)
+    return store_stats(out, n > 0, pieces, squares, sums, inv_tau, RUNS)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Both passes of `head_delta` over W_h = q_h^T M_g with M_g = k_g v_g^T, formed in registers and never stored.
 
 Products run on tensor cores, which multiply bfloat16: a float32 is a sum of three of them, its pieces, and a product
-is that of all pairs of pieces but those below 2^-22 of it. The cores may cut off what they add (to 24 bits), so that
+is that of all pairs of pieces but those below 2^-25 of it. The cores may cut off what they add (to 24 bits), so that
 each block of the inner dimension has a sum of its own, its smallest products first.
 """
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .delta_heads import SUM_FIELDS, load_head, load_listed, store_sums
 from .delta_sums import (
-    STAT_FIELDS, add_each, each, first_and_second, largest, scan, scanned, store_stats, to_lanes, weigh, zeros,
+    STAT_FIELDS, add_each, add_squares, each, farthest, first_and_second, largest, scan, scanned, store_stats, to_lanes, weigh, zeros,
 )
 from .series import TAYLOR
 
@@ -21,10 +21,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpret
 
 @triton.jit
 def _pieces(x, N: tl.constexpr):
-    """N bfloat16 whose sum is float32 x, to 2^-(8 N); the largest first. All but the last are cut off."""
+    """N bfloat16 whose sum is float32 x, to 2^-(8 N + 1); the largest first, each the nearest to what is left."""
     pieces = ()
     for _ in tl.static_range(N - 1):
-        piece = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        piece = ((x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
         pieces, x = pieces + (piece.to(tl.bfloat16),), x - piece
     return pieces + (x.to(tl.bfloat16),)
 
@@ -40,7 +40,7 @@ def _weights(x):
 
 @triton.jit
 def _changes(base, task):
-    """Pieces of differences. Of two bfloat16, two are exact unless one is less than 2^-8 of the other."""
+    """Pieces of differences. Of two bfloat16 two are exact: far apart they are these themselves."""
     d = task.to(tl.float32) - base.to(tl.float32)
     return _pieces(d, 2 if base.dtype == tl.bfloat16 and task.dtype == tl.bfloat16 else PIECES)
 
@@ -93,7 +93,7 @@ def _load_rows(ptr, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, N: tl.cons
 def group_products_kernel(
     bases_ptr, tasks_ptr, products_ptr,
     BASE: tl.constexpr, TASK: tl.constexpr, ALIGN: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
-    K_PAD: tl.constexpr, V_PAD: tl.constexpr, D_MODEL: tl.constexpr,
+    K_PAD: tl.constexpr, V_PAD: tl.constexpr, INNER: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, D_BLOCK: tl.constexpr,
 ):
     """M_B = k_B v_B^T and dM = dk v_T^T + k_B dv^T of a group, in pieces.
@@ -102,7 +102,7 @@ def group_products_kernel(
     so that a thread that holds columns 2 t and 2 t + 1 of every 8 of a product, as tensor cores give them, has
     neighbours: see `_halves_of_tiles`, which puts them in order.
 
-    Shapes     bases, tasks [groups, 2] int64: addresses of k [D_K, D_MODEL] and v [D_V, D_MODEL];
+    Shapes     bases, tasks [groups, 2] int64: addresses of k [D_K, INNER] and v [D_V, INNER];
                products [groups, 2, 3, K_PAD, V_PAD] bfloat16: pieces of M_B and of dM, zeros beyond D_K and D_V
     Dtypes     weights fp32/fp16/bf16; products of bfloat16 pieces accumulate in fp32
     Scalars    ALIGN divides all addresses
@@ -118,11 +118,11 @@ def group_products_kernel(
     vt_ptr = tl.multiple_of(tl.load(tasks_ptr + group * 2 + 1).to(tl.pointer_type(TASK)), ALIGN)
     zero = tl.zeros((ROWS, COLS), tl.float32)
     m, m_lost, dm, dm_lost = zero, zero, zero, zero
-    for d in range(0, D_MODEL, D_BLOCK):
-        kb, kt = (_load_rows(kb_ptr, row, d, D_K, D_MODEL, ROWS, D_BLOCK),
-                  _load_rows(kt_ptr, row, d, D_K, D_MODEL, ROWS, D_BLOCK))
-        vb, vt = (_load_rows(vb_ptr, col, d, D_V, D_MODEL, COLS, D_BLOCK),
-                  _load_rows(vt_ptr, col, d, D_V, D_MODEL, COLS, D_BLOCK))
+    for d in range(0, INNER, D_BLOCK):
+        kb, kt = (_load_rows(kb_ptr, row, d, D_K, INNER, ROWS, D_BLOCK),
+                  _load_rows(kt_ptr, row, d, D_K, INNER, ROWS, D_BLOCK))
+        vb, vt = (_load_rows(vb_ptr, col, d, D_V, INNER, COLS, D_BLOCK),
+                  _load_rows(vt_ptr, col, d, D_V, INNER, COLS, D_BLOCK))
         m, m_lost = _add(m, m_lost, _product(zero, _weights(kb), _transposed(_weights(vb)), (), ()))
         dm, dm_lost = _add(dm, dm_lost, _product(
             zero, _changes(kb, kt), _transposed(_weights(vt)), _weights(kb), _transposed(_changes(vb, vt))))
@@ -237,20 +237,23 @@ def projection_stats_kernel(
                   BASE, TASK, ALIGN, D_K, D_V, K_PAD, V_PAD, RUNS, K_BLOCK)
     chunks = _chunks(w, dw, tiles, d_model, D_V, RUNS)
     out, stored = stats_ptr + (head * count + tiles) * STAT_FIELDS, tiles < count
-    if tl.max(tl.abs(dw)) * inv_tau > TAYLOR:
-        _store_stats(out, stored, chunks, inv_tau, RUNS, MASKED, WIDTH, ALL, True)
+    squares = zeros(1, chunks[2].shape[0], WIDTH)[0]
+    for i in tl.static_range(2):
+        squares = add_squares(squares, chunks[3 * i], chunks[3 * i + 1])
+    if largest(farthest(squares, inv_tau, RUNS), RUNS) > TAYLOR:
+        _store_stats(out, stored, chunks, squares, inv_tau, RUNS, MASKED, ALL, True)
     else:
-        _store_stats(out, stored, chunks, inv_tau, RUNS, MASKED, WIDTH, ALL, False)
+        _store_stats(out, stored, chunks, squares, inv_tau, RUNS, MASKED, ALL, False)
 
 
 @triton.jit
-def _store_stats(out, stored, chunks, inv_tau, RUNS: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr,
+def _store_stats(out, stored, chunks, squares, inv_tau, RUNS: tl.constexpr, MASKED: tl.constexpr,
                  ALL: tl.constexpr, EXACT: tl.constexpr):
-    sums, pieces = zeros(9 if ALL else 1, chunks[2].shape[0], WIDTH), ()
+    sums, pieces = zeros(8 if ALL else 0, squares.shape[0], squares.shape[1]), ()
     for i in tl.static_range(2):
         piece, sums = weigh(chunks[3 * i], chunks[3 * i + 1], chunks[3 * i + 2], inv_tau, sums, MASKED, ALL, EXACT)
         pieces = pieces + (piece,)
-    store_stats(out, stored, pieces, sums, inv_tau, RUNS)
+    store_stats(out, stored, pieces, squares, sums, inv_tau, RUNS)
 
 
 @triton.jit

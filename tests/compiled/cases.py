@@ -97,10 +97,11 @@ def score_of(base: str = "bf16", task: str | None = None, layout: str = "flat",
     return lambda: head_delta([[Segment(*pair, (0, 1))]], WANTED[metrics], backend="triton")
 
 
-def projection_of(base: str = "bf16", d_k: int = 128, d_v: int = 128, metrics: str = "all") -> Callable[[], object]:
-    """`head_delta_projection` of two heads, with the kernels."""
-    layer = tuple(Segment(*(torch.zeros(2, size, 64, dtype=DTYPES[base]) for _ in range(2)), (0, 1))
-                  for size in (d_k, d_k, d_v))
+def projection_of(base: str = "bf16", d_k: int = 128, d_v: int = 128, metrics: str = "all", task: str | None = None,
+                  d_model: int = 4096, first: int = 0) -> Callable[[], object]:
+    """`head_delta_projection` of two heads, with the kernels; `first`: elements ahead of each weight in its memory."""
+    layer = tuple(Segment(*(torch.zeros(first + 2 * size * d_model, dtype=DTYPES[name])[first:].view(2, size, d_model)
+                            for name in (base, task or base)), (0, 1)) for size in (d_k, d_k, d_v))
     return lambda: head_delta_projection([layer], WANTED[metrics], backend="triton")
 
 

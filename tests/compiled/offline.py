@@ -133,20 +133,47 @@ def count(built, opcode: str) -> int:
     return len(re.findall(rf"\b{re.escape(opcode)}\b", sass(built)))
 
 
-def fast_path(built) -> list[str]:
-    """Opcodes on the shortest way from entry to exit that enters no loop: what runs where every branch is cheap.
+def fast_path(built, op: str = "", times: int = 0) -> list[str]:
+    """Opcodes on the shortest way from entry to exit: what runs where every branch is cheap.
 
-    An EXIT under a predicate ends the way only if there are loads of 16 bytes ahead of it and behind it: all threads
-    take it together, or the others read again. Any other may be of the lanes that have nothing to store.
+    An EXIT under a predicate ends the way only if there are loads of 16 bytes, or barriers, ahead of it and behind it:
+    all threads take it together, or the others read again. Any other may be of the lanes that have nothing to store.
+
+    Args:
+        op, times: the way goes through a loop, as often as it takes for `times` instructions whose opcodes begin with
+            `op` on all of the way: however the compiler unrolled it, or took rounds out of it. By default, the way
+            enters no loop.
+
+    Raises:
+        ValueError: no such way.
     """
     opcodes, after = _instructions(sass(built))
-    loops, wide = set().union(*_loops(after)), {i for i, op in enumerate(opcodes) if _is_wide_load(op)}
-    came = _came(after, 0, loops)
+    loops = _loops(after)
+    came = _came(after, 0, set() if op else set().union(*loops))
+    works = [{i for i, name in enumerate(opcodes) if is_(name)} for is_ in (_is_wide_load, _is_barrier)]
     for i in came:
         way = _way(came, i) if END in after[i] or opcodes[i] == "EXIT" else []
-        if way and (END in after[i] or wide & set(way) and wide & _came(after, i, set()).keys()):
-            return [opcodes[j] for j in way]
+        if way and (END in after[i] or any(kind & set(way) and kind & _came(after, i, set()).keys() for kind in works)):
+            return [opcodes[j] for j in way] + (_rounds(way, loops, opcodes, after, op, times) if op else [])
     raise ValueError("every way to the end goes through a loop")
+
+
+def _rounds(way: list[int], loops: list[set[int]], opcodes: list[str], after: list[set[int]], op: str,
+            times: int) -> list[str]:
+    """Opcodes of the further rounds of the loop on this way that has `op`, each on the shortest way round."""
+    named = {i for i, name in enumerate(opcodes) if name.startswith(op)}
+    if len(named & set(way)) == times:
+        return []
+    on_way = [loop for loop in loops if loop & named & set(way)]
+    if len(on_way) != 1:
+        raise ValueError(f"{len(on_way)} loops on the shortest way to the end have {op}; expected one")
+    (loop,) = on_way
+    came = _came([targets & loop for targets in after], head := next(i for i in way if i in loop), set())
+    once = _way(came, next(i for i in came if head in after[i]))
+    rounds, rest = divmod(times - len(named & set(way)), len(named & set(once)))
+    if rounds < 0 or rest:
+        raise ValueError(f"{times} {op}: of these {len(named & set(way))} are on the way, {len(named & set(once))} in a round")
+    return rounds * [opcodes[i] for i in once]
 
 
 def loop_path(built) -> list[str]:
@@ -171,6 +198,10 @@ def loop_path(built) -> list[str]:
 
 def _is_wide_load(opcode: str) -> bool:
     return opcode.startswith("LDG") and ".128" in opcode
+
+
+def _is_barrier(opcode: str) -> bool:
+    return opcode.startswith("BAR.")
 
 
 def _came(after: list[set[int]], start: int, avoided: set[int]) -> dict[int, int | None]:
@@ -247,6 +278,15 @@ def unsafe_products(built) -> list[str]:
             if not known & set(match.groups()):
                 found.append(line.strip())
     return found
+
+
+def only_divides(line: str, built) -> bool:
+    """All that is done with the value that a line of TTIR defines: others are divided by it."""
+    ttir, name = built.asm["ttir"], line.split()[0]
+    behind = ttir[ttir.index(line) + len(line):]
+    uses = [use.strip() for use in behind.splitlines() if re.search(rf"{name}\b", use)]
+    return all(only_divides(use, built) if "tt.splat" in use else re.search(rf"arith\.(div|rem)si %\w+, {name} :", use)
+               for use in uses)
 
 
 def _tool(name: str, built, flag: str) -> str:

@@ -3,7 +3,6 @@
 import random
 import re
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,20 +17,16 @@ from csrc_triton.head_delta import head_delta_stats_kernel
 
 from ..support.launches import Launch, recorded
 from . import offline
-from .cases import LAYOUTS, WANTED, projection_launches, score_launches
+from .cases import LAYOUTS, WANTED, score_launches
 from .instructions import WAYS, of_a_pair, way
 
 DTYPES = ("bf16", "fp16", "fp32")
 KERNELS = {"stats": "head_delta_stats_kernel", "list": "list_tiles_kernel", "scan": "head_delta_scan_kernel"}
-PRODUCTS = {"stats": "projection_stats_kernel", "scan": "projection_scan_kernel"}
+PRODUCTS = ("group_products_kernel", "projection_stats_kernel", "list_tiles_kernel", "projection_scan_kernel")
 
 
 def compiled(which, target="sm_90", *case, **options):
     return score_launches(target, *case, **options)[KERNELS[which]].compile(target)
-
-
-def project(which, target="sm_90", *case, **options):
-    return projection_launches(target, *case, **options)[PRODUCTS[which]].compile(target)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -85,35 +80,6 @@ def test_other_dtypes_compile(which, base, task):
         check(compiled(which, "sm_90", base, task, layout=layout))
 
 
-def check_product(built):
-    """No spills, a program fits, and each of the four schedulers of an SM has a warp of it: the products bound it."""
-    what = offline.resources(built), offline.resident(built)
-    assert offline.spill_free(built), what
-    assert offline.resident(built) * built.metadata.num_warps >= 4, what
-
-
-@pytest.mark.parametrize("target", offline.TARGETS)
-@pytest.mark.parametrize("which", PRODUCTS)
-def test_projection_has_the_resources_that_it_needs(which, target):
-    check_product(project(which, target))
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_120", "gfx942"])
-def test_projection_of_wide_heads_fits_the_smallest_shared_memory(target):
-    """Heads of 256 (Gemma), float32 weights."""
-    check_product(project("scan", target, "fp32", 256, 256))
-
-
-def test_the_stages_that_triton_takes_by_itself_are_seen():
-    launch = projection_launches("sm_120", "fp32", 256, 256)["projection_scan_kernel"]
-    check_product(launch.compile("sm_120"))
-    options = {name: value for name, value in launch.options.items() if name != "num_stages"}
-    of_triton = replace(launch, options=options).compile("sm_120")
-    assert of_triton.metadata.num_stages == 3
-    with pytest.raises(AssertionError):
-        check_product(of_triton)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("target", offline.TARGETS)
 @pytest.mark.parametrize("base", DTYPES)
@@ -122,16 +88,6 @@ def test_every_variant_compiles_for_every_target_without_spills(task, base, targ
     spilling = [(which, layout, metrics) for layout in LAYOUTS for metrics in WANTED for which in KERNELS
                 if not offline.spill_free(compiled(which, target, base, task, layout, metrics))]
     assert spilling == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", offline.TARGETS)
-@pytest.mark.parametrize("base", DTYPES)
-@pytest.mark.parametrize("d_k, d_v", [(64, 64), (80, 80), (192, 128), (256, 256)])
-def test_every_projection_has_the_resources_that_it_needs(d_k, d_v, base, target):
-    for metrics in WANTED:
-        for which in PRODUCTS:
-            check_product(project(which, target, base, d_k, d_v, metrics))
 
 
 @pytest.mark.parametrize("base, size", [("bf16", 2), ("fp16", 2), ("fp32", 4)])
@@ -167,37 +123,23 @@ def test_nothing_waits_for_another_warp():
             assert not [op for op in way(name, metrics) if op.startswith(("BAR", "STS", "LDS"))], (name, metrics)
 
 
-def only_divides(line, ttir):
-    """All that is done with the value that a line of TTIR defines: others are divided by it."""
-    name, behind = line.split()[0], ttir[ttir.index(line) + len(line):]
-    uses = [use.strip() for use in behind.splitlines() if re.search(rf"{name}\b", use)]
-    return all(only_divides(use, ttir) if "tt.splat" in use else re.search(rf"arith\.(div|rem)si %\w+, {name} :", use)
-               for use in uses)
-
-
 def test_no_offset_is_a_32_bit_product():
     """Tiles of a matrix, of which no grid has more, may be counted in 32 bits: they divide a number of a tile."""
-    for built in (*(compiled(which, layout=layout) for which in KERNELS for layout in LAYOUTS), *map(project, PRODUCTS)):
-        for product in offline.unsafe_products(built):
-            assert only_divides(product, built.asm["ttir"]), product
+    for built in (compiled(which, layout=layout) for which in KERNELS for layout in LAYOUTS):
+        assert all(offline.only_divides(product, built) for product in offline.unsafe_products(built))
 
 
 def test_an_unsafe_product_is_seen():
     launch = Launch(_strided_copy_kernel, (1,), (torch.zeros(4096), 3), {"enable_fp_fusion": False})
     built = launch.compile("sm_90")
     (product,) = offline.unsafe_products(built)
-    assert not only_divides(product, built.asm["ttir"])
+    assert not offline.only_divides(product, built)
 
 
 @triton.jit
 def _strided_copy_kernel(x_ptr, stride):
     offs = tl.arange(0, 64)
     tl.store(x_ptr + offs, tl.load(x_ptr + (offs + tl.program_id(0)) * stride))
-
-
-def test_products_run_on_tensor_cores():
-    for which in PRODUCTS:
-        assert any(op in offline.sass(project(which)) for op in ("HMMA", "HGMMA", "IMMA"))
 
 
 def segment(n, rows, cols, index, **options):
@@ -221,8 +163,9 @@ class OnDevice(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("function, names", [(head_delta, [*KERNELS.values()]), (head_delta_projection, [*PRODUCTS])])
 @pytest.mark.parametrize("metrics", WANTED.values(), ids=WANTED)
-def test_a_call_launches_three_kernels_and_waits_once(metrics, monkeypatch):
+def test_a_call_launches_each_kernel_once_and_waits_once(metrics, function, names, monkeypatch):
     """1,024 heads of 32 layers, keys and values of 8 groups each."""
     sound = lambda sums, metrics: torch.zeros(len(sums.sizes), dtype=torch.bool)  # noqa: E731
     monkeypatch.setattr(delta_tables.Sums, "doubtful", sound)
@@ -230,9 +173,9 @@ def test_a_call_launches_three_kernels_and_waits_once(metrics, monkeypatch):
     layers = [(segment(32, 16, 128, range(32), device="meta"),
                *(segment(8, 16, 128, group, device="meta") for _ in range(2))) for _ in range(32)]
     with recorded() as launches, OnDevice() as device:
-        found = head_delta(layers, metrics, backend="triton")
+        found = function(layers, metrics, backend="triton")
     assert all(len(values) == 1024 for values in found.values())
-    assert [launch.name for launch in launches] == list(KERNELS.values())
+    assert [launch.name for launch in launches] == names
     assert device.seen.count("back") == 1 and device.seen[-1] == "back"
     assert len(device.seen) + len(launches) <= 10, device.seen
 
@@ -243,14 +186,6 @@ def test_every_kind_of_matrices_is_one_launch_of_each_pass(metrics=("pad",)):
     with recorded() as launches:
         head_delta(layers, metrics, backend="triton")
     assert Counter(launch.name for launch in launches) == dict(zip(KERNELS.values(), (3, 1, 3), strict=True))
-
-
-@pytest.mark.parametrize("metrics", WANTED.values(), ids=WANTED)
-def test_projections_of_all_layers_are_three_launches(metrics):
-    layers = [tuple(segment(2, 16, 192, (0, 1)) for _ in range(3))] * 32
-    with recorded() as launches:
-        head_delta_projection(layers, metrics, backend="triton")
-    assert [launch.name for launch in launches] == [PRODUCTS["stats"], KERNELS["list"], PRODUCTS["scan"]]
 
 
 @pytest.mark.parametrize("seed", range(8))

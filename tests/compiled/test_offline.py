@@ -54,7 +54,7 @@ def test_programs_that_fit_are_counted():
     assert held(32, 8, 0) == 8 and held(32, 8, 0, 86) == 6
     assert held(65, 4, 0) == 7 and held(72, 4, 0) == 7 and held(73, 4, 0) == 6
     assert held(16, 1, 0) == 32 and held(16, 1, 0, 86) == 16
-    assert held(32, 4, 100 * 1024) == 2 and held(32, 4, 99 * 1024, 86) == 1
+    assert held(32, 4, 100 * 1024) == 2 and held(32, 4, 99 * 1024, 86) == 1 and held(32, 4, 99 * 1024 + 1, 86) == 0
     assert held(128, 4, 0, "gfx942", "hip", 64) == 4
 
 
@@ -101,6 +101,54 @@ def test_the_fast_path_leaves_out_what_only_some_warps_read_again():
         plain, again = map(offline.fast_path, (plain, again))
         assert plain.count("LDG.E.128") == again.count("LDG.E.128") == 8
         assert len(plain) - 8 <= len(again) <= len(plain) + 16 and any(op.startswith("ST") for op in again)
+
+
+@triton.jit
+def _product_kernel(x_ptr, step_ptr, out_ptr, UNROLLED: tl.constexpr):
+    rows = tl.arange(0, 32)
+    x_ptr += rows[:, None] * 4096 + tl.arange(0, 16)[None, :]
+    total, step, k = tl.zeros((32, 32), tl.float32), tl.load(step_ptr), 0
+    if UNROLLED:
+        for i in tl.static_range(2):
+            x = tl.load(x_ptr + 16 * i)
+            total = tl.dot(x, tl.trans(x), total)
+    else:
+        while k < 4096:
+            x = tl.load(x_ptr + k)
+            total = tl.dot(x, tl.trans(x), total)
+            k += step
+    if tl.max(tl.abs(total)) > 1.0:
+        total = tl.exp(tl.exp(total))
+        total += tl.sum(total, axis=0)[None, :]
+    tl.store(out_ptr + rows[:, None] * 32 + rows[None, :], total)
+
+
+def test_the_fast_path_goes_through_a_loop_as_often_as_its_products_need():
+    """Each of 4 warps has two products a round; eight in all where Triton sees two dots in a row."""
+    for target in ("sm_80", "sm_90", "sm_120"):
+        args = torch.zeros(32, 4096, dtype=torch.float16), torch.zeros(1, dtype=torch.int32), torch.zeros(32, 32)
+        built, unrolled = (Launch(_product_kernel, (1,), args, {"UNROLLED": unrolled, "enable_fp_fusion": False}
+                                  ).compile(target) for unrolled in (False, True))
+        ways = [offline.fast_path(built, "HMMA", times) for times in (2, 4, 10)]
+        assert [sum(op.startswith("HMMA") for op in way) for way in ways] == [2, 4, 10]
+        loads = [sum(op.startswith("LDG.") for op in way) for way in ways]
+        assert loads[2] - loads[1] == 3 * (loads[1] - loads[0]) > 0
+        assert len(ways[2]) - len(ways[1]) == 3 * (len(ways[1]) - len(ways[0])) > 3 * 8
+        assert not any("EX2" in op for op in ways[2]) and offline.count(built, "MUFU.EX2") > 0
+        assert sum(op.startswith("HMMA") for op in offline.fast_path(unrolled, "HMMA", 8)) == 8
+        for which, op, times, why in ((built, "HMMA", 3, "3 HMMA"), (built, "HMMA", 0, "0 HMMA"),
+                                      (built, "IMMA", 2, "0 loops"), (unrolled, "HMMA", 16, "0 loops")):
+            with pytest.raises(ValueError, match=why):
+                offline.fast_path(which, op, times)
+
+
+@pytest.mark.parametrize("last, count", [("BAR.SYNC", 5), ("NOP", 8)])
+def test_the_fast_path_ends_where_all_threads_exit(last, count):
+    """An EXIT under a predicate, behind which threads wait for each other: what is there is the other branch."""
+    ops = ["BAR.SYNC", "HMMA", "@P0 BRA 0x10", "STG.E", "@P1 EXIT", last, "STG.E", "EXIT"]
+    code = "\n".join(f"/*{16 * i:04x}*/ {op} ;" for i, op in enumerate(ops))
+    with mock.patch.object(offline, "sass", lambda built: code):
+        assert len(offline.fast_path(None, "HMMA", 3)) == count + 2 * 2  # two more rounds
 
 
 @triton.jit

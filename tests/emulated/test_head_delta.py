@@ -1,29 +1,18 @@
 """The scoring kernels as compiled code: scores, exact footprints, memory that nothing has written, sectors."""
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("ptxemu", reason="the emulator of PTX is not on the path: make emulate")
 
-from ptxemu import Config, emulated
-
-from alps_kernels.ops import METRICS, Segment, head_delta, head_delta_projection
-from alps_kernels.ops.delta import op
+from alps_kernels.ops import Segment, head_delta
+from tests.emulated.scoring import ROUGH, SUMMED, close, footprint, pass_of, watched
 from tests.ops import delta_cases
-from tests.ops.delta_oracle import projection_oracle, stored_oracle
+from tests.ops.delta_oracle import stored_oracle
 from tests.support.mutants import plant_kernel
 
-SUMMED = [name for name in METRICS if name != "pad_values"]
-TOLERANCE = {"pad": 1e-6, "pad_index": 1e-6}  # relative, from long doubles; of the other metrics 2e-7
-ROUGH = 5e-7  # of these, where instructions are off by all the error that they may have
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# What a kernel may write; everything else is read-only. What of it nothing has written before the first launch.
-WRITTEN = {"stats": ("stats_ptr",), "list": ("list_ptr", "carries_ptr", "sums_ptr"), "scan": ("sums_ptr",)}
-FRESH = ("stats_ptr", "list_ptr", "carries_ptr")
-GROUP = (0, 0, 1, 1)
 
 
 def pair(shape, dtype=BF16, *task_dtype, **options):
@@ -62,62 +51,11 @@ def mixed(*dtypes, **options):
             [segment(1, 8, 200, None, *dtypes, seed=3, **options), segment(2, 16, 256, (1,), *dtypes, seed=4, **options)]]
 
 
-def pass_of(kernel):
-    return next(name for name in WRITTEN if name in kernel)
-
-
-@contextmanager
-def watched(target="sm_80", **config):
-    """Emulate the launches of one call; each may write what `WRITTEN` names, and read what is written."""
-    with emulated(target, Config(**config)) as session, pytest.MonkeyPatch.context() as patch:
-        fresh = set()
-
-        def prepare(kernel, arguments, memory):
-            at = {name: memory.at(value.data_ptr()) for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-            for allocation in memory.allocations:
-                allocation.writable = False
-            for name, allocation in at.items():
-                allocation.name = name
-            for name in WRITTEN[pass_of(kernel)]:
-                at[name].writable = True
-                fresh.update({at[name].base} if name in FRESH else ())
-            before = session.launches[-1].memory.fresh if session.launches else {}
-            for base in fresh:
-                memory.uninitialised(base)
-                memory.fresh[base] = before.get(base, memory.fresh[base])
-
-        session.before = prepare
-        patch.setattr(op, "_of_one", lambda *_: pytest.fail("a head was left to the CPU backend"))
-        yield session
-    # Random errors are drawn for each thread: those that hold the same sum then store different ones, as no GPU does.
-    faults = [fault for fault in session.faults
-              if config.get("approximation") != "random" or "wrote two values" not in fault.detail]
-    assert not faults, "\n".join(dict.fromkeys(map(str, faults)))
-
-
-def close(found, wanted, tolerance=2e-7):
-    for name, values in found.items():
-        error = float(((values - wanted[name]).abs() / wanted[name].abs()).max())
-        assert error <= TOLERANCE.get(name, tolerance), (name, error)
-
-
 def run(layers, metrics=SUMMED, target="sm_80", tau=1.0, **config):
     with watched(target, **config) as session:
         found = head_delta(layers, metrics, temperature=tau, backend="triton")
     close(found, stored_oracle(layers, tau), ROUGH if "approximation" in config else 2e-7)
     return found, session.launches
-
-
-def footprint(layers):
-    """{address of a weight: bool for each byte, of those that heads read}."""
-    masks = {}
-    for side, s in ((getattr(s, name), s) for layer in layers for s in layer for name in ("base", "task")):
-        storage, size = side.untyped_storage(), side.element_size()
-        mask = masks.setdefault(storage.data_ptr(), np.zeros(storage.nbytes(), bool))
-        places = torch.arange(storage.nbytes() // size).as_strided(side.shape, side.stride(), side.storage_offset())
-        for i in range(size):
-            mask[places[sorted(set(s.index))].flatten().numpy() * size + i] = True
-    return masks
 
 
 def check_bytes(layers, launches):
@@ -201,15 +139,6 @@ def test_results_are_equal_to_the_bit_in_any_order_of_programs(delta):
 def test_results_hold_with_the_largest_errors_of_approximate_instructions(approximation):
     run(mixed(BF16), approximation=approximation)
     run(flat(BF16, delta=0.05), approximation=approximation)
-
-
-@pytest.mark.parametrize("mma", ["exact", "rz"])
-def test_projection(mma):
-    layer = (segment(4, 20, 33, None, FP32), segment(2, 20, 33, GROUP, FP32, seed=1), segment(2, 24, 33, GROUP, FP32, seed=2))
-    with watched(mma=mma) as session:
-        found = head_delta_projection([layer], SUMMED, backend="triton")
-    assert len(session.launches) == 3
-    close(found, projection_oracle([layer]), ROUGH if mma == "rz" else 2e-7)
 
 
 STATS, SUMS, HEADS = "head_delta.py", "delta_sums.py", "delta_heads.py"

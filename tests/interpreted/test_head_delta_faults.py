@@ -1,17 +1,21 @@
 """Every fault planted in the scoring kernels turns the check that is named beside it red."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from alps_kernels.ops import Segment, head_delta, head_delta_projection
-from alps_kernels.ops.delta import cpu, tables as delta_tables
-from tests.interpreted import test_head_delta_kernel as checks
+from alps_kernels.ops.delta import cpu, projection, tables as delta_tables
+from tests.interpreted import test_head_delta_kernel as checks, test_head_projection_kernel as products
 from tests.interpreted.test_head_delta_kernel import SUMMED, close, segment, small_tiles  # noqa: F401, the fixture
+from tests.ops.delta_cases import projection_layer
 from tests.ops.delta_oracle import projection_oracle, stored_oracle
 from tests.support.mutants import plant, plant_kernel
 
 HEADS, KERNELS, SUMS, PROJECTION, SERIES = (
     f"{name}.py" for name in ("delta_heads", "head_delta", "delta_sums", "head_projection", "series"))
+TABLES, HOST = delta_tables, projection
 
 
 def scored(*layer, metrics=SUMMED, tau=1.0):
@@ -43,13 +47,36 @@ def mixed():
         checks.test_near_and_far_tiles_side_by_side({**checks.SMALL, "RUNS": 64}, patch)
 
 
-def projected(*layer, scale=1.0, tau=1.0):
-    layer = tuple(Segment(scale * s.base, scale * s.task, s.index) for s in layer)
-
+def projected(layer, tau=1.0, metrics=("pad",)):
     def check():
-        found = head_delta_projection([layer], ["pad"], temperature=tau, backend="triton")
-        close(found, projection_oracle([layer], tau), ["pad"])
+        found = head_delta_projection([layer], metrics, temperature=tau, backend="triton")
+        close(found, projection_oracle([layer], tau), metrics)
     return check
+
+
+def formed(check, **given):
+    """A check of W and dW as the kernels that are launched form them."""
+    def planted():
+        module = projection.device_code("head_projection")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(products, "_form", module._form)
+            patch.setattr(products, "_chunks", module._chunks)
+            check(monkeypatch=patch, **given)
+    return planted
+
+
+def float32(dtype):
+    return formed(products.test_projection_forms_products_and_heads_to_float32, dtypes=(dtype,), hopper=False, unset_is_nan=None)
+
+
+def unset_is_nan(check):
+    def filled():
+        torch.use_deterministic_algorithms(True)  # torch.empty is full of NaN
+        try:
+            check()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    return filled
 
 
 near = scored(segment(1, 16, 40, delta=2.5e-3))  # five flat tiles of two chunks each; within the short series
@@ -67,27 +94,34 @@ base, task = checks.pair((1, 16, 40), delta=2e-5)
 shifted = scored(Segment(base, task + 1e-3, (0,)), metrics=["kl", "js"])
 layers = checks.test_grouped_heads_several_segments_and_layers_of_other_shapes
 strides = checks.test_each_model_has_strides_of_its_own
-project = lambda: checks.test_projection_equals_the_oracle(20, 24, 33)  # noqa: E731
-tall = projected(*(segment(1, 16, 320, seed=seed) for seed in range(3)))
-hot_projection = projected(*(segment(1, 16, 40, seed=seed, delta=5e-3) for seed in range(3)), scale=4.0, tau=0.5)
-warm_projection = lambda: checks.test_projection_at_other_temperatures(0.5)  # noqa: E731
+project = partial(products.test_projection_equals_the_oracle, 20, 24, 33)
+tall = projected(projection_layer(16, 16, 320, scale=1.0, delta=1e-3))
+far_beside_near = projected(products.far_changes(torch.float32), metrics=SUMMED)
+hot_projection = projected(projection_layer(16, 16, 40, delta=3e-3, scale=2.0), tau=0.06, metrics=["pad", "kl"])
+warm_projection = partial(products.test_projection_at_other_temperatures, 0.5)
+bf16, fp16, fp32 = float32(torch.bfloat16), float32(torch.float16), float32(torch.float32)
+long_sums = formed(products.test_small_products_add_up_beside_a_large_one)
+gaps = partial(products.test_projection_reads_views_and_nothing_around_them, products.in_gaps, products.in_gaps)
+many_groups = projected(projection_layer(16, 16, 24, heads=4, groups=2))
 heavy = torch.randn(1, 16, 128, generator=torch.Generator().manual_seed(0))
 heavy[0, ::2, ::10] = 14.0
 lower = heavy + 1e-3 * torch.randn(heavy.shape, generator=torch.Generator().manual_seed(1))
 lower[0, ::2, ::10] -= 7.9
 together = scored(Segment(heavy, lower, (0,)), metrics=["kl", "cosine"])
 
-PRODUCTS = "(d, b, d, u, u, u * u, e, a, a)"  # with these, sums of d^2, b^2, b d, e u^2 and so on
+PRODUCTS = "(b, d, u, u, u * u, e, a, a)"  # with these, sums of b^2, b d, e u^2 and so on
 FACTORS = PRODUCTS[1:-1].split(", ")
 FAULTS = {
     # pass A
     **{f"sum {i} of pass A": (SUMS, PRODUCTS, f"({', '.join([*FACTORS[:i], f'2.0 * ({x})', *FACTORS[i + 1:]])})", near)
        for i, x in enumerate(FACTORS)},
+    "squares of the first halves of lanes alone": (SUMS, "left[1], left[1]), right[1], right[1])", "left[1], left[1]), right[1], left[1])", near),
+    "a piece is cut off": (PROJECTION, "+ 32768) &", "+ 0) &", formed(products.test_two_pieces_hold_any_change)),
     "odd before even": (KERNELS, "tl.join(even, odd)", "tl.join(odd, even)", pairs),
     "even for odd": (KERNELS, "(pair & -65536)", "(pair << 16)", pairs),
     "the behind count of pass A": (KERNELS, "- 16 - chunk - lane", "- 15 - chunk - lane", many),
     "the behind count of a tail": (KERNELS, "(TILE if FLAT else to_lanes(n, lane.shape[0], RUNS))", "TILE", tail),
-    "the behind count of a projection": (PROJECTION, "% V_PAD) - 16\n", "% V_PAD) - 15\n", tall),
+    "the behind count of a projection": (PROJECTION, "- col - 16\n", "- col - 15\n", tall),
     "a lane's second half counts as its first": (SUMS, "tl.fma(e0, 8.0, e_line0", "tl.fma(e0, 7.0, e_line0", many),
     "moves of a lane's second half count as its first": (SUMS, "tl.fma(a0, 8.0, a_line0", "tl.fma(a0, 7.0, a_line0", many),
     "moves are not weighted": (SUMS, "    a = e * u\n", "    a = u\n", pad),
@@ -131,7 +165,8 @@ FAULTS = {
     "a lane's second half starts where its first does": (SUMS, "before + half, right", "before, right", pad),
     "a lane's changes come twice": (SUMS, "_ahead(whole, RUNS)\n", "_ahead(whole, RUNS) + whole\n", pad),
     "the mean shift is forgotten in pass B": (SUMS, "expm1_less(d, r, inv_tau, EXACT)", "expm1_less(d, 0.0, inv_tau, EXACT)", pad),
-    "masked steps count": (SUMS, "tl.where(there, steps, 0.0) if MASKED else steps", "steps", tail),
+    "masked steps count": (SUMS, "tl.where(is_there[i], step, 0.0) if MASKED else step", "step", tail),
+    "a lane's prefix sums stay a weight's": (SUMS, "(sums[i - 1] + each[i],)", "(each[i],)", near),
     "a program takes the others' tiles": (KERNELS, "i += tl.num_programs(1) * RUNS", "i += RUNS", pad),
     # temperature
     "temperature is ignored in e": (SUMS, "b * (inv_tau * LOG2E)", "b * LOG2E", warm),
@@ -140,23 +175,60 @@ FAULTS = {
     "temperature is ignored in the changes of pass B": (SUMS, "expm1_less(d, r, inv_tau, EXACT)", "expm1_less(d, r, 1.0, EXACT)", warm),
     "temperature is ignored in what is far": (SUMS, "RUNS)) * inv_tau\n", "RUNS))\n", hot),
     "the square of the short expm1": (SERIES, "inv_tau * inv_tau * 0.5,", "inv_tau * 0.5,", warm),
-    "temperature twice": (None, "*kind.strides, 1 / tau", "*kind.strides, 1 / tau / tau", warm),
-    "temperature twice in a projection": (None, "q.task.stride(1), 1 / tau", "q.task.stride(1), 1 / tau / tau", warm_projection),
+    "temperature twice": (TABLES, "*kind.strides, 1 / tau", "*kind.strides, 1 / tau / tau", warm),
+    "temperature twice in pass A of a projection": (HOST, "t.stats, d_model, 1 / tau,", "t.stats, d_model, 1 / tau / tau,", warm_projection),
+    "temperature twice in pass B of a projection": (HOST, "*t.of_scan(0), d_model, 1 / tau,", "*t.of_scan(0), d_model, 1 / tau / tau,", warm_projection),
     # heads and groups
-    "one group for all": (None, "columns.append([len(bases) + place for", "columns.append([len(bases) + places[0] for", grouped),
-    "matrices in memory's order": (None, "_addresses(s.task, read)", "_addresses(s.task, range(len(read)))", grouped),
-    "places of a segment after the other": (None, "chain(*zip(*columns, strict=True))", "chain(*columns)", grouped),
-    "kinds in the wrong order": (None, "kinds * count", "kinds[::-1] * count", grouped),
-    "layers share their places": (None, "[len(bases) + place for", "[place for", layers),
-    "layers share their groups": (None, "first + pairs[pair]", "pairs[pair]", project),
-    "k of a group, v of the first": (None, "side[[p[1] for p in pairs]]", "side[[0 for p in pairs]]", project),
+    "one group for all": (TABLES, "columns.append([len(bases) + place for", "columns.append([len(bases) + places[0] for", grouped),
+    "matrices in memory's order": (TABLES, "addresses(s.task, read)", "addresses(s.task, range(len(read)))", grouped),
+    "places of a segment after the other": (TABLES, "chain(*zip(*columns, strict=True))", "chain(*columns)", grouped),
+    "kinds in the wrong order": (TABLES, "kinds * count", "kinds[::-1] * count", grouped),
+    "layers share their places": (TABLES, "[len(bases) + place for", "[place for", layers),
+    "layers share their groups": (HOST, "len(groups[0]) // 2 + pairs[pair]", "pairs[pair]", project),
+    "k of a group, v of the first": (HOST, "[pair[i] for pair in pairs]", "[pair[i] * (1 - i) for pair in pairs]", many_groups),
+    "heads take their groups in turn": (HOST, "+ pairs[pair] for pair in zip(k.index, v.index, strict=True))", "+ i % len(pairs) for i in range(len(k.index)))", many_groups),
+    "k and v change places": (HOST, "enumerate(sides[1:])", "enumerate(sides[:0:-1])", many_groups),
+    "one group for all heads of a projection": (PROJECTION, "tl.load(groups_ptr + head)", "tl.load(groups_ptr)", many_groups),
+    # group products
+    "change of k is left out": (PROJECTION, "zero, _changes(kb, kt), _transposed(_weights(vt)), ", "zero, (), (), ", bf16),
+    "change of v is left out": (PROJECTION, "_weights(kb), _transposed(_changes(vb, vt))))", "(), ()))", bf16),
+    "change of k meets the base's v": (PROJECTION, "_transposed(_weights(vt)), _weights(kb)", "_transposed(_weights(vb)), _weights(kb)", bf16),
+    "change of v meets the task's k": (PROJECTION, "_transposed(_weights(vt)), _weights(kb)", "_transposed(_weights(vt)), _weights(kt)", bf16),
+    "the last block of d_model is lost": (PROJECTION, "range(0, INNER, D_BLOCK)", "range(0, INNER - D_BLOCK, D_BLOCK)", bf16),
+    "rows beyond d_k are read": (PROJECTION, "mask=(row < ROWS) & (col < COLS)", "mask=col < COLS", gaps),
+    "columns beyond d_model are read": (PROJECTION, "mask=(row < ROWS) & (col < COLS)", "mask=row < ROWS", gaps),
+    "what rounding took is lost": (PROJECTION, "    x += lost\n", "", long_sums),
+    "what rounding took comes with the other sign": (PROJECTION, "    x += lost\n", "    x -= lost\n", long_sums),
+    "a piece of M_B is dropped": (PROJECTION, "_pieces(m, PIECES) +", "_pieces(m, 2) + ((m * 0.0).to(tl.bfloat16),) +", fp32),
+    "a piece of dM is dropped": (PROJECTION, "+ _pieces(dm, PIECES)", "+ _pieces(dm, 2) + ((m * 0.0).to(tl.bfloat16),)", fp32),
+    "columns are stored in order": (PROJECTION, "(rows * V_PAD + at)", "(rows * V_PAD + cols)", bf16),
+    "neighbours are stored in the other order": (PROJECTION, "+ own % 2\n", "+ 1 - own % 2\n", bf16),
+    "rows beyond d_k are not stored": (PROJECTION, "mask=rows < K_PAD)", "mask=rows < D_K)", unset_is_nan(gaps)),
     # projections
-    "change of k and v is left out": (PROJECTION, "        dw = tl.dot(qb_rows, md, acc=dw, input_precision=PRECISION)\n", "", project),
-    "change of q meets the base's k and v": (PROJECTION, "tl.dot(tl.trans(qt - qb), mt,", "tl.dot(tl.trans(qt - qb), mb,", project),
-    "columns beyond d_v": (PROJECTION, "offs_m = group * (D_K * D_V) + ks * D_V", "offs_m = group * (D_K * D_V) + ks * V_PAD", project),
-    "rows beyond d_model": (PROJECTION, "(col < D_V), (tile * ROWS + row < d_model) & (col", "(col < D_V), (col", project),
-    "halves of a lane change places": (PROJECTION, "return (b0, d0, in0), (b1, d1, in1)", "return (b1, d1, in1), (b0, d0, in0)", project),
-    "a projection's far statistics are not written": (PROJECTION, "ALL, False) > TAYLOR:", "ALL, False) > 1e9:", hot_projection),
+    "a weight's second piece is dropped": (PROJECTION, "2 if x.dtype == tl.float16 else PIECES", "1 if x.dtype == tl.float16 else PIECES", fp16),
+    "a weight's third piece is dropped": (PROJECTION, "2 if x.dtype == tl.float16 else PIECES", "2", fp32),
+    "a change's second piece is dropped": (PROJECTION, "2 if base.dtype == tl.bfloat16", "1 if base.dtype == tl.bfloat16", bf16),
+    "a change's third piece is dropped": (PROJECTION, "2 if base.dtype == tl.bfloat16 and task.dtype == tl.bfloat16 else PIECES", "2", fp32),
+    "the smallest products are dropped": (PROJECTION, "    for i in tl.static_range(PIECES):\n        x = _multiply(x, left", "    for i in tl.static_range(1, PIECES):\n        x = _multiply(x, left", fp32),
+    "the last block of d_k is lost": (PROJECTION, "range(0, D_K, K_BLOCK)", "range(0, D_K - K_BLOCK, K_BLOCK)", bf16),
+    "a block of d_k replaces those ahead": (PROJECTION, "        w += _product(", "        w = _product(", bf16),
+    "change of k and v is left out": (PROJECTION, "                       _transposed(_weights(qt)), _products(products_ptr, k, PIECES, K_PAD, V_PAD, K_BLOCK))", "                       (), ())", bf16),
+    "change of k and v meets the base's q": (PROJECTION, "_transposed(_weights(qt)), _products", "_transposed(_weights(qb)), _products", bf16),
+    "change of k and v is their product": (PROJECTION, "_products(products_ptr, k, PIECES,", "_products(products_ptr, k, 0,", bf16),
+    "change of q meets that of k and v": (PROJECTION, "_transposed(_changes(qb, qt)), m,", "_transposed(_changes(qb, qt)), _products(products_ptr, k, PIECES, K_PAD, V_PAD, K_BLOCK),", bf16),
+    "q beyond d_k is read": (PROJECTION, "(rows[None, :] < d_model) & (k + row < D_K) if", "rows[None, :] < d_model if", gaps),
+    "columns change places": (PROJECTION, "(0, 2, 3, 5, 4, 6, 1)", "(0, 2, 3, 4, 5, 6, 1)", bf16),
+    "halves of tiles change places": (PROJECTION, "first_and_second(w[i])\n        d0, d1 = first_and_second(dw[i])", "first_and_second(w[1 - i])\n        d0, d1 = first_and_second(dw[1 - i])", bf16),
+    "halves of a lane change places": (PROJECTION, "(b0, d0, in_row & (cols < D_V)), (b1, d1, in_row & (cols + 8 < D_V))", "(b1, d1, in_row & (cols < D_V)), (b0, d0, in_row & (cols + 8 < D_V))", bf16),
+    "columns beyond d_v": (PROJECTION, "in_row & (cols + 8 < D_V)", "in_row & (cols + 8 < V_PAD)", gaps),
+    "rows beyond d_model": (PROJECTION, "(start + row < d_model)[:, None]", "(start + row < d_model + 16)[:, None]", gaps),
+    "a projection's far statistics are not written": (PROJECTION, "RUNS), RUNS) > TAYLOR", "RUNS), RUNS) > 1e9", far_beside_near),
+    "temperature is ignored in what is far of a projection": (PROJECTION, "farthest(squares, inv_tau, RUNS)", "farthest(squares, 1.0, RUNS)", hot_projection),
+    "all listed tiles are the first": (PROJECTION, "tl.where(mine, tile, d_model)", "tl.where(mine, tl.sum(tl.where(each(RUNS) == 0, tile, 0), axis=0), d_model)", tall),
+    "places in the list are of one head": (PROJECTION, "tl.program_id(0).to(tl.int64) * slots", "tl.program_id(0).to(tl.int64) * 0", many_groups),
+    "near tiles of a projection beside exact ones count twice": (PROJECTION, "_scan(chunks, carry, exact, r, inv_tau, RUNS, True)", "_scan(chunks, carry, mine, r, inv_tau, RUNS, True)", far_beside_near),
+    "exact tiles of a projection are scanned as near ones": (PROJECTION, "_scan(chunks, carry, exact, r, inv_tau, RUNS, True)", "_scan(chunks, carry, exact, r, inv_tau, RUNS, False)", far_beside_near),
+    "a program takes all listed tiles of a projection": (PROJECTION, "i += tl.num_programs(1) * RUNS", "i += RUNS", tall),
     # series
     "a wrong term of the short KL": (SERIES, "m3 * 0.16667582", "m3 * -0.16667582", near),
     "a wrong term of the short JS": (SERIES, "m3 * 0.062504292", "m3 * -0.062504292", near),
@@ -166,15 +238,15 @@ FAULTS = {
     "a wrong term of expm1's long series": (SERIES, "x * (4.1666668e-2 + x * series)", "x * (4.1666668e-3 + x * series)", far),
     "a wrong sign in the KL series": (SERIES, "small = d * d * (0.5 - d * s)", "small = d * d * (0.5 + d * s)", far),
     # which heads are doubtful
-    "unsound heads pass": (None, "doubt |= ~(held &", "doubt &= (held &",
+    "unsound heads pass": (TABLES, "doubt |= ~(held &", "doubt &= (held &",
                            few_programs(lambda: checks.test_unsound_weights_are_refused_by_head("task", float("inf"), head_delta))),
-    "faint logits pass": (None, "(s.top > 1 / RANGE)", "(s.top >= 0)", few_programs(lambda: checks.test_logits_out_of_range(-95.0))),
-    "loud logits pass": (None, "(s.top < RANGE)", "(s.top < 1e38)", few_programs(lambda: checks.test_logits_out_of_range(80.0))),
-    "far heads pass": (None, "(s.far <= LARGE)", "(s.far <= 1e9)", few_programs(together)),
-    "undone changes pass": (None, "> MOVED * s.steps", "> 1e30 * s.steps", lambda: checks.test_changes_that_undo_each_other(0.02, 1e-3)),
-    "faint squares pass": (None, "(s.dd < FAINT * self.sizes)", "(s.dd < 0)", checks.test_squares_beyond_float32),
-    "infinite squares pass": (None, "~s.bb.isfinite() |", "", checks.test_squares_beyond_float32),
-    "cancelled sums pass": (None, "< ACROSS * moves * squares", "< 0 * moves", few_programs(lambda: checks.test_cosine_of_weights_that_shrink(1e-7))),
+    "faint logits pass": (TABLES, "(s.top > 1 / RANGE)", "(s.top >= 0)", few_programs(lambda: checks.test_logits_out_of_range(-95.0))),
+    "loud logits pass": (TABLES, "(s.top < RANGE)", "(s.top < 1e38)", few_programs(lambda: checks.test_logits_out_of_range(80.0))),
+    "far heads pass": (TABLES, "(s.far <= LARGE)", "(s.far <= 1e9)", few_programs(together)),
+    "undone changes pass": (TABLES, "> MOVED * s.steps", "> 1e30 * s.steps", lambda: checks.test_changes_that_undo_each_other(0.02, 1e-3)),
+    "faint squares pass": (TABLES, "(s.dd < FAINT * self.sizes)", "(s.dd < 0)", checks.test_squares_beyond_float32),
+    "infinite squares pass": (TABLES, "~s.bb.isfinite() |", "", checks.test_squares_beyond_float32),
+    "cancelled sums pass": (TABLES, "< ACROSS * moves * squares", "< 0 * moves", few_programs(lambda: checks.test_cosine_of_weights_that_shrink(1e-7))),
 }
 LEFT_OVER = [*FAULTS][[*FAULTS].index("unsound heads pass"):]
 
@@ -191,14 +263,14 @@ def kernels_alone(monkeypatch):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_seen(name, monkeypatch, tmp_path, request):
-    file, old, new, check = FAULTS[name]
+    where, old, new, check = FAULTS[name]
     if name not in LEFT_OVER:
         request.getfixturevalue("kernels_alone")
-    if file is None:
-        plant(monkeypatch, delta_tables, (old, new))
+    if isinstance(where, str):
+        plant_kernel(monkeypatch, tmp_path, where, (old, new))
     else:
-        plant_kernel(monkeypatch, tmp_path, file, (old, new))
-    with pytest.raises(BaseException):  # an assertion, or what the faulty code raises itself
+        plant(monkeypatch, where, (old, new))
+    with pytest.raises((AssertionError, pytest.fail.Exception)):  # no error of code that makes no sense
         check()
 
 
@@ -207,4 +279,5 @@ def test_the_checks_are_green_without_a_fault(left_over, request):
     if not left_over:
         request.getfixturevalue("kernels_alone")
     for check in {id(check): check for name, (*_, check) in FAULTS.items() if (name in LEFT_OVER) == left_over}.values():
-        check()
+        if not getattr(check, "func", check).__name__.startswith("test_"):  # those run as they are
+            check()

@@ -66,7 +66,7 @@ def plant_kernel(monkeypatch, folder, file: str, *edits: tuple[str, str]) -> Non
     """Let ops launch a copy of csrc_triton in `folder` in which `file` has these edits (interpreter)."""
     import csrc_triton
     from alps_kernels.ops.adamw import plan as head_adamw
-    from alps_kernels.ops.delta import tables as delta_tables
+    from alps_kernels.ops.delta import projection, tables as delta_tables
 
     name = "faulty_" + folder.name.replace("-", "_").replace(".", "_")
     package = folder / name
@@ -78,5 +78,5 @@ def plant_kernel(monkeypatch, folder, file: str, *edits: tuple[str, str]) -> Non
     root = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, root)
     spec.loader.exec_module(root)
-    for launcher in (head_adamw, delta_tables):
+    for launcher in (head_adamw, delta_tables, projection):
         monkeypatch.setattr(launcher, "device_code", lambda leaf: importlib.import_module(f"{name}.{leaf}"))

@@ -60,7 +60,7 @@ def head_delta_projection(layers: Sequence[tuple[Segment, Segment, Segment]], me
     """Distances between the heads' W_h = q_h^T k_g v_g^T, [d, d_v] (paper, eq. 5).
 
     Args:
-        layers: for every layer (q [H, d_k, d], k [G, d_k, d], v [G, d_v, d]).
+        layers: for every layer (q [H, d_k, d], k [G, d_k, d_in], v [G, d_v, d_in]).
 
     Returns and Raises: as `head_delta`.
     """
@@ -118,7 +118,7 @@ def _kind(layer: Sequence[Segment], projection: bool) -> tuple:
     if not projection:
         return (layer[0].base.device,)
     q, _, v = layer
-    return (q.base.device, q.base.shape[1:], v.base.shape[1], *dtypes_of(layer))
+    return (q.base.device, q.base.shape[1:], v.base.shape[1:], *dtypes_of(layer))
 
 
 def _check(layers: Sequence[Sequence[Segment]], metrics: Sequence[str], temperature: float) -> None:

@@ -22,11 +22,13 @@ WIDEST = 512  # d_v of the kernels
 def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: bool) -> Sums:
     """Both passes over W_h of layers of one shape and of one dtype in each model.
 
+    q is [d_k, d_model], k and v are [d_k, inner] and [d_v, inner], which differs where keys come from another model.
+
     Args:
         every: for all metrics, not `pad` and `euclidean` alone.
     """
     q, _, v = layers[0]
-    (d_k, d_model), d_v, device = q.base.shape[1:], v.base.shape[1], q.base.device
+    (d_k, d_model), (d_v, inner), device = q.base.shape[1:], v.base.shape[1:], q.base.device
     count, tiles, heads, dtypes = 0, -(-d_model // TILE_ROWS), Heads(), dtypes_of(layers[0])
     qs, groups, of_group, kept, align = (array("q"), array("q")), (array("q"), array("q")), array("q"), [], 16
     for q, k, v in layers:
@@ -52,7 +54,7 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: b
     kernels, given = device_code("head_projection"), (*t.others[:3], products)
     blocks = -(-k_pad // of_form["ROWS"]) * (v_pad // of_form["COLS"])
     form = partial(kernels.group_products_kernel[(len(products) * blocks,)], *t.others[3:], products,
-                   **shape, **of_form, D_MODEL=d_model)
+                   **shape, **of_form, INNER=inner)
     stats = partial(kernels.projection_stats_kernel[(count * -(-tiles // runs),)], *given, t.stats, d_model, 1 / tau,
                     **shape, **of_stats, MASKED=d_v < v_pad or d_model % (runs * TILE_ROWS) > 0, ALL=every)
     scan = partial(kernels.projection_scan_kernel[(count, tables.SCANS)], *given, *t.of_scan(0), d_model, 1 / tau,
@@ -84,7 +86,7 @@ def dtypes_of(layer: Sequence[Any]) -> tuple[torch.dtype, ...]:
 
 
 def _as_read(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, rows, d_model] of this dtype whose matrices are contiguous: the same memory, or a copy."""
+    """[n, rows, cols] of this dtype whose matrices are contiguous: the same memory, or a copy."""
     blocks = blocks.to(dtype)
     return blocks if blocks[0].is_contiguous() else blocks.contiguous()
 
