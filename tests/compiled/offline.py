@@ -172,7 +172,7 @@ def _rounds(way: list[int], loops: list[set[int]], opcodes: list[str], after: li
     once = _way(came, next(i for i in came if head in after[i]))
     rounds, rest = divmod(times - len(named & set(way)), len(named & set(once)))
     if rounds < 0 or rest:
-        raise ValueError(f"{times} {op}: of these {len(named & set(way))} are on the way, {len(named & set(once))} in a round")
+        raise ValueError(f"{times} {op}: {len(named & set(way))} are on the way, {len(named & set(once))} in a round")
     return rounds * [opcodes[i] for i in once]
 
 

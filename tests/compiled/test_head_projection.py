@@ -83,7 +83,8 @@ def test_kernels_have_the_resources_that_they_need(target):
 
 @pytest.mark.parametrize("which, target, base, d_v", [
     ("stats", "sm_120", "fp32", 512),  # the most shared memory, on a card that has least; the most pieces
-    ("stats", "gfx942", "fp16", 80),  # under a mask
+    ("stats", "sm_90", "fp16", 128),  # two pieces of a weight, where 64 rows are one product
+    ("scan", "sm_90", "bf16", 80),  # under a mask
 ])
 def test_other_heads_have_the_resources_that_they_need(which, target, base, d_v):
     check(which, target, base, d_k=d_v, d_v=d_v)
@@ -119,10 +120,9 @@ def test_more_stages_would_not_fit():
     assert shared_bytes(launch, "sm_120") <= limit("sm_120") < shared_bytes(launch.with_options(num_stages=3), "sm_120")
 
 
-# The budget on sm_90, where Triton 3.9 takes 51.8 and 64.9, and 3.6 takes 50.5 and 63.6. Elsewhere what 3.9 takes, and
-# 1 % more.
-MOST = {"sm_80": (113.7, 142.8), "sm_86": (113.9, 142.9), "sm_89": (113.9, 142.9), "sm_90": (65, 65),
-        "sm_100": (126.8, 163.2), "sm_120": (111.2, 140.2)}
+# The budget on sm_90, where Triton 3.9 takes 51.7 and 64.8. Elsewhere what 3.9 takes, and about 3 % more.
+MOST = {"sm_80": (118.5, 145), "sm_86": (118.5, 145), "sm_89": (118.5, 145), "sm_90": (65, 65), "sm_100": (131, 170),
+        "sm_120": (116, 143)}
 
 
 @pytest.mark.parametrize("target, metrics", [
@@ -135,8 +135,8 @@ def test_instructions_of_an_element_of_w(target, metrics):
 
 def wide_loads(built):
     """Bytes that the code of a program loads 16 at a time."""
-    loads = [op for _, _, op, _ in offline.lines(offline.sass(built)) if op.startswith(("LDG.", "LDGSTS.")) and ".128" in op]
-    return len(loads) * 16 * 32 * built.metadata.num_warps
+    ops = [op for _, _, op, _ in offline.lines(offline.sass(built))]
+    return sum(op.startswith(("LDG.", "LDGSTS.")) and ".128" in op for op in ops) * 16 * 32 * built.metadata.num_warps
 
 
 def test_weights_and_products_are_loaded_16_bytes_at_a_time():
@@ -155,7 +155,8 @@ def test_weights_and_products_are_loaded_16_bytes_at_a_time():
         assert wide_loads(compiled("products", **options)) == 0
 
 
-@pytest.mark.parametrize("target, op", [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("sm_120", "HMMA")])
+@pytest.mark.parametrize("target, op", [
+    ("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("sm_120", "HMMA")])
 def test_products_run_on_tensor_cores(target, op):
     """Blackwell's cores multiply 64 rows or more: a scan of 32 takes the older instruction."""
     for which in KERNELS:
@@ -170,10 +171,10 @@ def test_no_offset_is_a_32_bit_product():
 
 
 def layers_of(rng, d_k, d_v, d_model, transposed=()):
-    """1 to 3 layers, whose heads share matrices at random."""
+    """1 to 3 layers, whose heads share matrices at random; keys and values have 16 columns more than queries."""
     def segment(rows, heads, name):
-        m = rng.randint(1, heads)
-        shape = (m, d_model, rows) if name in transposed else (m, rows, d_model)
+        m, cols = rng.randint(1, heads), d_model + 16 * (name != "q")
+        shape = (m, cols, rows) if name in transposed else (m, rows, cols)
         sides = [torch.zeros(shape), torch.zeros(shape)]
         return Segment(*(side.mT for side in sides) if name in transposed else sides,
                        tuple(rng.randrange(m) for _ in range(heads)))
@@ -185,7 +186,8 @@ def layers_of(rng, d_k, d_v, d_model, transposed=()):
 def launched(layers):
     with recorded() as launches:
         head_delta_projection(layers, ["pad"], backend="triton")
-    assert [launch.name for launch in launches] == [KERNELS["products"], KERNELS["stats"], "list_tiles_kernel", KERNELS["scan"]]
+    names = [KERNELS["products"], KERNELS["stats"], "list_tiles_kernel", KERNELS["scan"]]
+    assert [launch.name for launch in launches] == names
     return launches
 
 
@@ -219,7 +221,8 @@ def test_tables_describe_what_heads_read(seed):
     assert products.grid == (len(groups) * -(-k_pad // products.argument("ROWS")) * v_pad // products.argument("COLS"),)
     assert stats.grid == (len(heads) * -(-tiles // stats.argument("RUNS")),)
     assert scan.grid == (len(heads), SCANS) and listing.grid == (len(heads),) and scan.argument("slots") == tiles
-    assert stats.argument("MASKED") or (d_v == v_pad and tiles % stats.argument("RUNS") == 0 and d_model % TILE_ROWS == 0)
+    whole = d_v == v_pad and d_model % (stats.argument("RUNS") * TILE_ROWS) == 0
+    assert stats.argument("MASKED") or whole
     assert stats.argument("stats_ptr").shape == (len(heads) * tiles, STATS)
     assert listing.argument("stats_ptr") is stats.argument("stats_ptr")
     assert listing.argument("kinds_ptr").tolist()[:5] == [0, tiles, tiles, d_model * d_v, TILE_ROWS * d_v]

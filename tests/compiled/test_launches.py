@@ -63,8 +63,9 @@ def test_a_recorded_launch_asks_for_what_the_launch_asks_for(case):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_a_binary_has_the_options_of_its_launch(target):
     launch = cases.projection_launches(target)["group_products_kernel"]  # the others: test_head_projection.py
-    for each in (*cases.step_launches(cases.SPLIT, target=target).values(), *cases.score_launches(target).values(), launch):
-        assert differences(each, each.compile(target), target) == []
+    for launches in (cases.step_launches(cases.SPLIT, target=target), cases.score_launches(target), {"": launch}):
+        for each in launches.values():
+            assert differences(each, each.compile(target), target) == []
     assert differences(launch, launch.with_options(num_stages=3).compile(target), target) == ["num_stages"]
     assert differences(launch, launch.with_options(num_warps=16).compile(target), target) == ["num_warps"]
 

@@ -67,16 +67,17 @@ def _options(d_v: int, dtypes: Sequence[torch.dtype], device: torch.device) -> t
 
     W, its change and a sum of products must fit the registers: nothing spills on any target (tests/compiled).
     """
-    columns, hopper, half = _power_of_two(d_v), is_hopper(device), bool(torch.version.hip)  # of the warps: AMD's are wide
-    size = max(dtype.itemsize for dtype in dtypes)
-    form = {"ROWS": 64, "COLS": min(64 if hopper else 32, columns), "num_warps": 4,
-            "D_BLOCK": 32 if hopper and set(dtypes) == {torch.bfloat16} else 16}
-    if hopper and columns <= 128 and size == 2:  # four warps multiply 64 rows together
-        wide = {"RUNS": 4, "num_warps": 4}
-        return form, {**wide, "K_BLOCK": 32, "WIDTH": 2}, {**wide, "K_BLOCK": 16}
+    columns, half = _power_of_two(d_v), bool(torch.version.hip)  # of the warps: AMD's are twice as wide
+    size, hopper = max(dtype.itemsize for dtype in dtypes), is_hopper(device)
+    narrow = hopper and set(dtypes) == {torch.bfloat16}  # weights are one piece each
+    form = {"ROWS": 64, "COLS": min(64 if hopper else 32, columns), "D_BLOCK": 32 if narrow else 16, "num_warps": 4}
     runs, warps = max(1, min(64, 16384 // size // columns) // TILE_ROWS), (4 if columns <= 64 else 8) >> half
-    return (form, {"RUNS": runs, "K_BLOCK": 16, "WIDTH": 4, "num_warps": warps},
-            {"RUNS": max(1, runs // 2), "K_BLOCK": 16, "num_warps": warps})  # listed tiles come in small numbers
+    stats = {"RUNS": runs, "K_BLOCK": 16, "WIDTH": 4, "num_warps": warps}
+    scan = {"RUNS": max(1, runs // 2), "K_BLOCK": 16, "num_warps": warps}  # listed tiles come in small numbers
+    if narrow and columns <= 128:  # four warps multiply 64 rows together
+        stats = {"RUNS": 4, "K_BLOCK": 32, "WIDTH": 2, "num_warps": 4}
+        scan = {"RUNS": 4, "K_BLOCK": 16, "num_warps": 4} if d_v == columns else scan
+    return form, stats, scan
 
 
 def dtypes_of(layer: Sequence[Any]) -> tuple[torch.dtype, ...]:
