@@ -52,8 +52,9 @@ def _store_stats(out, tiles, lane, inv_tau, TILE: tl.constexpr, RUNS: tl.constex
     for chunk in tl.static_range(0, TILE, lane.shape[0] // RUNS * 16):
         left, right = _sixteen(tiles, chunk, lane, RUNS, FLAT)
         behind = (TILE if FLAT else to_lanes(n, lane.shape[0], RUNS)) - 16 - chunk - lane * 16
+        squares = add_squares(squares, left, right)
         piece, sums = weigh(left, right, behind, inv_tau, sums, not FLAT, ALL, EXACT)
-        pieces, squares = pieces + (piece,), add_squares(squares, left, right)
+        pieces = pieces + (piece,)
     return store_stats(out, n > 0, pieces, squares, sums, inv_tau, RUNS)
 
 
