@@ -23,6 +23,7 @@ DTYPES = [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32")
 # are bfloat16 or both float32, the first pass takes none and the scan 16.
 STACK = {(which, 512, target): most for which, most in (("stats", 16), ("scan", 40))
          for target in ("sm_90", "sm_100", "sm_120")}
+STACK["stats", 256, "sm_100"] = 8  # float32, pad: ptxas stops at 128 registers
 
 
 def launch_of(which, target="sm_90", base="bf16", task=None, d_k=128, d_v=128, metrics="all", **options):
@@ -43,19 +44,20 @@ def shared_bytes(launch, target):
     """Bytes of shared memory that a program takes, at most, from the options of its launch.
 
     What a round loads lies there once, and once for each stage more where products read both operands from shared
-    memory. Blackwell's products of 64 rows read the pieces from there too, and have barriers. On AMD, where a stage is
-    all that a launch asks for, rounds are loaded into registers, and the most is W, which changes threads there.
+    memory. Hopper's and Blackwell's products of 64 rows may read the pieces from there too, and have barriers. On AMD,
+    where a stage is all that a launch asks for, rounds are loaded into registers, and the most is W, which changes
+    threads there.
     """
     kernel = {name: launch.argument(name) for name in launch.kernel.arg_names if name.isupper()}
     size = max(kernel[name].primitive_bitwidth // 8 for name in ("BASE", "TASK"))
     stages, warps = launch.argument("num_stages"), launch.argument("num_warps")
     if "RUNS" not in kernel:
         rows, of_round = kernel["ROWS"] + kernel["COLS"], kernel["D_BLOCK"]
-        return of_round * rows * (2 * size * stages + (4 * PIECES if target == "sm_100" else 0)) + 128
+        return of_round * rows * (2 * size * stages + (4 * PIECES if target in ("sm_90", "sm_100") else 0)) + 128
     rows, of_round, columns = kernel["RUNS"] * TILE_ROWS, kernel["K_BLOCK"], kernel["V_PAD"]
     together = rows >= 64 and warps % 4 == 0
     buffers = max(1, stages if target == "sm_90" and together else stages - 1)
-    of_q = max(2 * size, 4 * PIECES if target == "sm_100" and together else 0)
+    of_q = 2 * size + (4 * PIECES if target == "sm_100" and together else 0)
     if target.startswith("gfx"):
         return 4 * rows * columns
     return buffers * 2 * PIECES * of_round * columns * 2 + of_round * rows * of_q + 128
