@@ -9,7 +9,8 @@ import triton.language as tl
 
 from .delta_heads import SUM_FIELDS, load_head, load_listed, store_sums
 from .delta_sums import (
-    STAT_FIELDS, add_each, add_squares, each, first_and_second, lanes, largest, scan, scanned, store_stats, to_lanes, weigh, zeros,
+    STAT_FIELDS, add_each, add_squares, each, first_and_second, lanes, largest, scan, scanned, store_stats, to_lanes,
+    weigh, zeros,
 )
 from .series import TAYLOR
 

@@ -10,7 +10,8 @@ import triton.language as tl
 
 from .delta_heads import SUM_FIELDS, load_head, load_listed, store_sums
 from .delta_sums import (
-    STAT_FIELDS, add_each, add_squares, each, farthest, first_and_second, largest, scan, scanned, store_stats, to_lanes, weigh, zeros,
+    STAT_FIELDS, add_each, add_squares, each, farthest, first_and_second, largest, scan, scanned, store_stats,
+    to_lanes, weigh, zeros,
 )
 from .series import TAYLOR
 
@@ -148,6 +149,7 @@ def _products(ptr, k, FIRST: tl.constexpr, K_PAD: tl.constexpr, V_PAD: tl.conste
 
 @triton.jit
 def _load_q(ptr, k, rows, d_model, D_K: tl.constexpr, K_BLOCK: tl.constexpr):
+    """K_BLOCK rows of q [D_K, d_model] from k on, of them the columns that are these rows of W; zeros outside."""
     row, stride = tl.arange(0, K_BLOCK)[:, None], tl.cast(d_model, tl.int64)
     inside = (rows[None, :] < d_model) & (k + row < D_K) if D_K % K_BLOCK else rows[None, :] < d_model
     return tl.load(ptr + k * stride + (row * stride + rows[None, :]), mask=inside, other=0.0)
@@ -159,7 +161,7 @@ def _form(
     BASE: tl.constexpr, TASK: tl.constexpr, ALIGN: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
     K_PAD: tl.constexpr, V_PAD: tl.constexpr, RUNS: tl.constexpr, K_BLOCK: tl.constexpr,
 ):
-    """Tiles of W_h = q_B^T M_B, of its change dq^T M_B + q_T^T dM and what is there, as `weigh` takes them."""
+    """Tiles of W_h = q_B^T M_B and of its change dq^T M_B + q_T^T dM, columns in the order of the stored products."""
     qb_ptr = tl.multiple_of(tl.load(bases_ptr + head).to(tl.pointer_type(BASE)), ALIGN)
     qt_ptr = tl.multiple_of(tl.load(tasks_ptr + head).to(tl.pointer_type(TASK)), ALIGN)
     products_ptr += tl.load(groups_ptr + head) * (2 * PIECES * K_PAD * V_PAD)
@@ -200,10 +202,7 @@ def _chunks(w, dw, tiles, d_model, D_V: tl.constexpr, RUNS: tl.constexpr):
 
 @triton.jit
 def _halves_of_tiles(x, RUNS: tl.constexpr):
-    """Rows 0 .. 7 and rows 8 .. 15 of each tile, in order, of a product with columns as `group_products_kernel` stores them.
-
-    Nothing moves between threads: 16 neighbours lie in each.
-    """
+    """Rows 0 .. 7 and rows 8 .. 15 of each tile, columns put in order; 16 neighbours lie in a thread, nothing moves."""
     V_PAD: tl.constexpr = x.shape[1]
     GROUP: tl.constexpr = V_PAD if V_PAD < 64 else 64
     x = tl.reshape(x, (RUNS, 2, TILE_ROWS // 2, V_PAD // GROUP, GROUP // 8, 4, 2))

@@ -29,7 +29,7 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: b
     """
     q, _, v = layers[0]
     (d_k, d_model), (d_v, inner), device = q.base.shape[1:], v.base.shape[1:], q.base.device
-    count, tiles, heads, dtypes = 0, -(-d_model // TILE_ROWS), Heads(), dtypes_of(layers[0])
+    tiles, heads, dtypes = -(-d_model // TILE_ROWS), Heads(), dtypes_of(layers[0])
     qs, groups, of_group, kept, align = (array("q"), array("q")), (array("q"), array("q")), array("q"), [], 16
     for q, k, v in layers:
         pairs = {pair: i for i, pair in enumerate(dict.fromkeys(zip(k.index, v.index, strict=True)))}
@@ -42,8 +42,8 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: b
             of_q.extend(addresses(sides[0], q.index))
             of_kv.extend(chain(*zip(*(addresses(side, [pair[i] for pair in pairs])
                                       for i, side in enumerate(sides[1:])), strict=True)))
-        heads.add([range(count, count + len(q.index))], [0], d_model * d_v, tiles)
-        count += len(q.index)
+        heads.add([range(len(qs[0]) - len(q.index), len(qs[0]))], [0], d_model * d_v, tiles)
+    count = len(heads.sizes)
     t = Tables(heads, [KindRow(0, tiles, tiles, d_model * d_v, TILE_ROWS * d_v)], count * tiles, device,
                *qs, of_group, *groups)
     of_form, of_stats, of_scan = _options(d_v, dtypes, device)
@@ -65,13 +65,14 @@ def projection_sums(layers: Sequence[tuple[Any, Any, Any]], tau: float, every: b
 def _options(d_v: int, dtypes: Sequence[torch.dtype], device: torch.device) -> tuple[dict[str, int], ...]:
     """Sizes and warps of programs: of group products, of pass A and of pass B.
 
-    W, its change and a sum of products must fit the registers: nothing spills on any target (tests/compiled).
+    W, its change and a sum of products must fit the registers. tests/compiled/test_head_projection.py holds that
+    nothing spills, and names the few sizes and cards where something does.
     """
-    columns, half = _power_of_two(d_v), bool(torch.version.hip)  # of the warps: AMD's are twice as wide
+    columns, hip = _power_of_two(d_v), bool(torch.version.hip)  # AMD's warps are twice as wide: half as many
     size, hopper = max(dtype.itemsize for dtype in dtypes), is_hopper(device)
     narrow = hopper and set(dtypes) == {torch.bfloat16}  # weights are one piece each
     form = {"ROWS": 64, "COLS": min(64 if hopper else 32, columns), "D_BLOCK": 32 if narrow else 16, "num_warps": 4}
-    runs, warps = max(1, min(64, 16384 // size // columns) // TILE_ROWS), (4 if columns <= 64 else 8) >> half
+    runs, warps = max(1, min(64, 16384 // size // columns) // TILE_ROWS), (4 if columns <= 64 else 8) >> hip
     stats = {"RUNS": runs, "K_BLOCK": 16, "WIDTH": 4, "num_warps": warps}
     scan = {"RUNS": max(1, runs // 2), "K_BLOCK": 16, "num_warps": warps}  # listed tiles come in small numbers
     if narrow and columns <= 128:  # four warps multiply 64 rows together
